@@ -1,0 +1,129 @@
+"""Activations: elementwise functions, each a layer of its own and the second half of a dense layer."""
+
+from npnet.backend import Array, array_module, scalar
+from npnet.initializers import Initializer, kaiming_normal, xavier_normal
+from npnet.layer import Layer, Saved
+
+
+class Activation(Layer):
+    """An elementwise function whose derivative follows from its *output*, which is why dense layers save so little.
+
+    Subclasses write both directions in place; the out-of-place forms come from here.
+    """
+
+    output_suffices = True
+
+    def __repr__(self) -> str:
+        return type(self).__name__.lower()
+
+    def forward_(self, z: Array, bias: Array | None = None) -> None:
+        """Replace ``z``, (batch, features), by f(z + bias); ``bias`` is (features,) or None for zero."""
+        raise NotImplementedError(f"{type(self).__name__}.forward_")
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        y = x.copy()
+        self.forward_(y)
+        return y, (x, y)
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        self.check_gradient(dy, saved[1])
+        return self.backward_(dy.copy(), saved)
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
+        """Replace ``dy`` by dz = dy * f'(z), elementwise. Reads only the output y = saved[1]."""
+        raise NotImplementedError(f"{type(self).__name__}.backward_")
+
+
+def _add_(z: Array, bias: Array | None) -> None:
+    if bias is not None:
+        array_module(z).add(z, bias, out=z)
+
+
+class Identity(Activation):
+    """f(z) = z, for outputs that a loss takes as they are (logits, regression)."""
+
+    def forward_(self, z: Array, bias: Array | None = None) -> None:
+        _add_(z, bias)
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
+        return dy
+
+
+class Sigmoid(Activation):
+    """f(z) = 1 / (1 + e^-z), and f' = y (1 - y).
+
+    For z < -709 (-88 in float32) e^-z is infinite and y = 1/inf = 0, as it should be; the engine silences
+    NumPy's warning about it for a whole step, since doing so in every layer would cost as much as the exponential.
+    """
+
+    def forward_(self, z: Array, bias: Array | None = None) -> None:
+        xp = array_module(z)
+        one = scalar(xp, 1.0, z.dtype)
+        if bias is None:
+            xp.negative(z, out=z)
+        else:
+            xp.subtract(xp.negative(bias), z, out=z)
+        xp.exp(z, out=z)
+        xp.add(z, one, out=z)
+        xp.divide(one, z, out=z)
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
+        _, y = saved
+        xp = array_module(dy)
+        slope = xp.subtract(scalar(xp, 1.0, y.dtype), y)
+        xp.multiply(slope, y, out=slope)
+        xp.multiply(dy, slope, out=dy)
+        return dy
+
+
+class Tanh(Activation):
+    """f(z) = tanh z, and f' = 1 - y^2."""
+
+    def forward_(self, z: Array, bias: Array | None = None) -> None:
+        _add_(z, bias)
+        array_module(z).tanh(z, out=z)
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
+        _, y = saved
+        xp = array_module(dy)
+        slope = xp.multiply(y, y)
+        xp.subtract(scalar(xp, 1.0, y.dtype), slope, out=slope)
+        xp.multiply(dy, slope, out=dy)
+        return dy
+
+
+class ReLU(Activation):
+    """f(z) = max(z, 0), and f' = 1 where y > 0, else 0 (at the kink too, as in PyTorch)."""
+
+    def forward_(self, z: Array, bias: Array | None = None) -> None:
+        _add_(z, bias)
+        xp = array_module(z)
+        xp.maximum(z, scalar(xp, 0.0, z.dtype), out=z)
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
+        _, y = saved
+        xp = array_module(dy)
+        xp.multiply(dy, xp.sign(y), out=dy)  # y >= 0, so its sign is the slope: 0 or 1
+        return dy
+
+
+ACTIVATIONS: dict[str, type[Activation]] = {
+    "sigmoid": Sigmoid,
+    "tanh": Tanh,
+    "relu": ReLU,
+    "identity": Identity,
+}
+INITIALIZERS: dict[type[Activation], Initializer] = {Sigmoid: xavier_normal, Tanh: xavier_normal, ReLU: kaiming_normal}
+
+
+def as_activation(activation: str | Activation) -> Activation:
+    """The activation called ``activation``, or itself.
+
+    Raises:
+        ValueError: no activation has that name.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS))}")
+    return ACTIVATIONS[activation]()

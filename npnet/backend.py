@@ -1,0 +1,201 @@
+"""Which array module does the arithmetic: NumPy on the host, CuPy on a GPU.
+
+Two rules keep the rest of the package free of the question.
+
+* **The backend follows the data.** A function that receives an array asks ``xp = array_module(x)`` and
+  calls ``xp.dot``, ``xp.exp``...; no function exists twice. Only what *creates* arrays (a network, say)
+  has to choose, and it takes the current backend: ``use_backend``, or ``NPNET_BACKEND``, or NumPy.
+* **Nothing moves by itself.** ``to_backend`` and ``to_host`` are the only ways between host and device.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+"""A NumPy array or, on a GPU, a CuPy array: the same methods, so the same annotation."""
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend is known to npnet, but this machine lacks something that it needs."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An array module and the way in and out of it."""
+
+    name: str
+    xp: Any
+    array_type: type
+    to_host: Callable[[Any], Array]
+
+
+def _load_numpy() -> Backend:
+    return Backend("numpy", np, np.ndarray, np.asarray)
+
+
+def _load_cupy() -> Backend:
+    install = "pip install 'npnet[cuda12]' (or npnet[cuda13], after the CUDA version that nvidia-smi prints)"
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        raise BackendUnavailable(f"backend 'cupy': the package is missing ({error}); {install}") from error
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"backend 'cupy': the package is there but does not load ({error}); {install}"
+        ) from error
+    runtime = cupy.cuda.runtime
+    if runtime.driverGetVersion() == 0:
+        raise BackendUnavailable(
+            "backend 'cupy': the package is there, the NVIDIA driver is missing; install the driver "
+            "(nvidia-smi must work), or use backend 'numpy'"
+        )
+    try:
+        count = runtime.getDeviceCount()
+    except RuntimeError as error:
+        raise BackendUnavailable(
+            f"backend 'cupy': the driver cannot serve this CuPy ({error}); update the driver, or {install}"
+        ) from error
+    if count == 0:
+        raise BackendUnavailable(
+            "backend 'cupy': package and driver are there, a GPU is not (or CUDA_VISIBLE_DEVICES hides it); "
+            "use backend 'numpy'"
+        )
+    return Backend("cupy", cupy, cupy.ndarray, cupy.asnumpy)
+
+
+_loaders: dict[str, Callable[[], Backend]] = {"numpy": _load_numpy, "cupy": _load_cupy}
+_loaded: dict[str, Backend] = {}
+_by_type: dict[type, Backend] = {}
+_current: str | None = None  # None: not chosen yet, NPNET_BACKEND decides
+
+
+def register_backend(name: str, load: Callable[[], Backend]) -> None:
+    """Make ``name`` a backend; ``load()`` builds it when it is first asked for."""
+    _loaders[name] = load
+    _loaded.pop(name, None)
+
+
+def get_backend(name: str | None = None) -> Backend:
+    """The backend called ``name``; without a name the current one.
+
+    Raises:
+        ValueError: no backend has that name.
+        BackendUnavailable: it needs a package, a driver or a device that is not there.
+    """
+    source = ""
+    if name is None:
+        name = _current
+    if name is None:
+        name = os.environ.get("NPNET_BACKEND") or "numpy"
+        source = " (from the environment variable NPNET_BACKEND)"
+    if name not in _loaders:
+        raise ValueError(f"unknown backend {name!r}{source}; choose one of {', '.join(map(repr, _loaders))}")
+    if name not in _loaded:
+        backend = _loaders[name]()
+        _loaded[name] = backend
+        _by_type[backend.array_type] = backend
+    return _loaded[name]
+
+
+class use_backend:  # noqa: N801 - used as a function
+    """Choose where new arrays live: ``use_backend("cupy")``, or for a while ``with use_backend("cupy"): ...``.
+
+    Raises:
+        ValueError, BackendUnavailable: as `get_backend`; the choice made before stays.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _current
+        self.backend = get_backend(name)
+        self._previous = _current
+        _current = name
+
+    def __enter__(self) -> Backend:
+        return self.backend
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        _current = self._previous
+
+
+def available_backends() -> tuple[str, ...]:
+    """The names of the backends that would work here, now.
+
+    >>> "numpy" in available_backends()
+    True
+    """
+    names = []
+    for name in _loaders:
+        try:
+            get_backend(name)
+        except BackendUnavailable:
+            continue
+        names.append(name)
+    return tuple(names)
+
+
+def backend_of(x: Any) -> Backend:
+    """The backend whose array ``x`` is.
+
+    Raises:
+        TypeError: ``x`` is not an array of any backend.
+    """
+    backend = _by_type.get(type(x))
+    if backend is not None:
+        return backend
+    for array_type, backend in _by_type.items():
+        if isinstance(x, array_type):  # np.memmap and other subclasses
+            return backend
+    raise TypeError(f"expected an array of {', '.join(map(repr, _loaded))}, got {type(x).__name__}")
+
+
+def array_module(x: Any) -> Any:
+    """The module (``numpy``, ``cupy``) whose functions work on ``x``.
+
+    >>> array_module(np.zeros(3)).__name__
+    'numpy'
+    """
+    return backend_of(x).xp
+
+
+def to_backend(x: Any, name: str | None = None) -> Array:
+    """``x`` as an array of the backend ``name`` (the current one by default); copied only where it must be."""
+    target = get_backend(name)
+    array: Array = x if isinstance(x, target.array_type) else target.xp.asarray(to_host(x))
+    return array
+
+
+def to_host(x: Any) -> Array:
+    """``x`` as a NumPy array; from a GPU this waits for the device and copies."""
+    if isinstance(x, np.ndarray):
+        return x
+    try:
+        backend = backend_of(x)
+    except TypeError:  # numbers, lists, whatever NumPy makes an array of
+        return np.asarray(x)
+    return backend.to_host(x)
+
+
+@functools.lru_cache(maxsize=64)
+def scalar(xp: Any, value: float, dtype: np.dtype[Any]) -> Any:
+    """``value`` as the operand that ``xp`` combines fastest with an array: NumPy saves a third on thin layers."""
+    return np.asarray(value, dtype) if xp is np else value
+
+
+@functools.lru_cache(maxsize=8)
+def ones(xp: Any, length: int, dtype: np.dtype[Any]) -> Array:
+    """A vector of ones, (length,), shared: on thin layers ``ones @ dz`` takes a third of ``dz.sum(axis=0)``."""
+    vector: Array = xp.ones(length, dtype)
+    return vector
+
+
+get_backend("numpy")

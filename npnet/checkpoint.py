@@ -1,0 +1,75 @@
+"""Gradient checkpointing: run a schedule over a chain of layers.
+
+This is the whole of backpropagation in npnet. Which activations survive from the forward pass, which are
+computed a second time, and when each is let go is said by the schedule; `backpropagate` does as it says.
+Because a recomputation calls the same function with the same input, it gives the same bits: a gradient does not
+depend on the schedule.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from npnet.backend import Array
+from npnet.layer import Layer, Saved
+from npnet.schedules import DROP, FORWARD, Schedule
+
+Restore = Callable[[Array, int, int], Sequence[Array]]
+"""restore(a, first, last): the outputs of layers first, ..., last, recomputed from the input ``a`` of the first."""
+
+
+@np.errstate(over="ignore")  # e^-z may overflow to infinity, and 1 / infinity is the sigmoid's right value
+def backpropagate(
+    layers: Sequence[Layer],
+    schedule: Schedule,
+    x: Array,
+    output_gradient: Callable[[Array], Array],
+    *,
+    after_backward: Callable[[Layer], None] | None = None,
+    restore: Restore | None = None,
+) -> None:
+    """Add the gradient of a loss into every parameter of the chain.
+
+    Args:
+        layers: the chain, f_1 ... f_L.
+        schedule: what to hold and what to recompute.
+        x: the input a_0, shape (batch, features); it stays the caller's.
+        output_gradient: from the chain's output a_L to a new array, the gradient dL/da_L.
+        after_backward: called with each layer once its gradients are complete. An optimizer step there frees
+            them at once, so the gradients of all layers are never alive together.
+        restore: does the recomputing (for chains whose layers save nothing but input and output).
+
+    Raises:
+        ValueError: the schedule is for a chain of another depth, or of layers that save less.
+    """
+    if schedule.depth != len(layers):
+        raise ValueError(f"a schedule for {schedule.depth} layers cannot run a chain of {len(layers)}")
+    held: dict[int, Array] = {0: x}  # l -> a_l
+    saved: dict[int, Saved] = {}  # l -> what layer l saved, where that is more than (a_{l-1}, a_l)
+    gradient: Array | None = None  # dL/da_l, for the layer l whose backward pass is next
+    for kind, first, last, recompute, saves in schedule.steps:
+        if kind is FORWARD:
+            if recompute and restore is not None:
+                held.update(enumerate(restore(held[first - 1], first, last), first))
+                continue
+            for number in range(first, last + 1):
+                held[number], kept = layers[number - 1].forward(held[number - 1])
+                if saves:
+                    saved[number] = kept
+                del kept  # a name would hold the activations beyond their time
+        elif kind is DROP:
+            del held[first]
+        else:
+            layer, output = layers[first - 1], held.pop(first)
+            if gradient is None:
+                gradient = output_gradient(output)
+            if layer.output_suffices:
+                kept = (held[first - 1], output)
+            elif first in saved:
+                kept = saved.pop(first)
+            else:
+                raise ValueError(f"layer {first} ({layer}) needs what it saved: make the schedule with needs_saved")
+            gradient = layer.backward_(gradient, kept, first > 1)
+            del output, kept
+            if after_backward is not None:
+                after_backward(layer)

@@ -1,0 +1,167 @@
+"""Dense layers, and layers in a row."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from npnet.activations import INITIALIZERS, Activation, as_activation
+from npnet.backend import Array, array_module, backend_of, ones, to_backend
+from npnet.checks import check_sizes
+from npnet.initializers import Initializer, xavier_normal
+from npnet.layer import Layer, Parameter, Saved
+from npnet.random import RNG, as_generator
+
+
+class Dense(Layer):
+    """y = f(x W^T + b): a linear map and an activation in one buffer.
+
+    Args:
+        in_features, out_features: sizes of a row of x and of y.
+        activation: "sigmoid", "tanh", "relu", "identity", or an `Activation`.
+        initializer: of the weight; by default the one that suits the activation. Biases start at zero.
+        dtype: of parameters and activations.
+        rng: seed or generator.
+        backend: where the parameters live; the current backend by default.
+
+    Backward, with dz = dy * f'(z):  dW = dz^T x,  db = sum of dz over the batch,  dx = dz W.
+    So it needs x, and y for f'(z), and nothing else: `output_suffices`.
+    """
+
+    output_suffices = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: str | Activation = "relu",
+        *,
+        initializer: Initializer | None = None,
+        dtype: npt.DTypeLike = np.float32,
+        rng: RNG = None,
+        backend: str | None = None,
+    ) -> None:
+        self.activation = as_activation(activation)
+        self.in_features, self.out_features = in_features, out_features = check_sizes([in_features, out_features])
+        if initializer is None:
+            initializer = INITIALIZERS.get(type(self.activation), xavier_normal)
+        weight = initializer((out_features, in_features), as_generator(rng))
+        # Fortran order makes W.T contiguous: x @ W.T is then up to twice as fast on thin layers.
+        self.weight = Parameter(to_backend(np.asfortranarray(weight, dtype), backend))  # (out, in)
+        self.bias = Parameter(to_backend(np.zeros(out_features, dtype), backend))  # (out,)
+
+    def __repr__(self) -> str:
+        return f"Dense({self.in_features}, {self.out_features}, {self.activation})"
+
+    def parameters(self) -> list[Parameter]:
+        return [self.weight, self.bias]
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        xp, weight = array_module(x), self.weight.value
+        try:
+            y = xp.empty((x.shape[0], self.out_features), x.dtype)  # (batch, out)
+            xp.dot(x, weight.T, out=y)
+        except (IndexError, TypeError, ValueError):
+            raise self._input_error(x) from None
+        self.activation.forward_(y, self.bias.value)
+        return y, (x, y)
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        self.check_gradient(dy, saved[1])
+        dx = self.backward_(dy.copy(), saved)
+        assert dx is not None
+        return dx
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
+        x, _ = saved
+        xp, weight = array_module(dy), self.weight.value
+        dz = self.activation.backward_(dy, saved)  # (batch, out), in the buffer of dy
+        dweight = xp.empty((self.in_features, self.out_features), dz.dtype)  # dW^T, so that dW is in Fortran order
+        xp.dot(x.T, dz, out=dweight)
+        self.weight.accumulate(dweight.T)  # (out, in)
+        self.bias.accumulate(xp.dot(ones(xp, len(dz), dz.dtype), dz))  # (out,)
+        if not needs_dx:
+            return None
+        dx: Array = xp.empty(x.shape, dz.dtype)  # (batch, in)
+        xp.dot(dz, weight, out=dx)
+        return dx
+
+    def _input_error(self, x: Array) -> Exception:
+        """What was wrong with an ``x`` that the product refused."""
+        weight = self.weight.value
+        if backend_of(x) is not backend_of(weight):
+            return TypeError(
+                f"{self}: the input is on backend {backend_of(x).name!r}, the weights on {backend_of(weight).name!r}; "
+                "move the input with npnet.to_backend"
+            )
+        if x.ndim != 2 or x.shape[1] != self.in_features:
+            return ValueError(f"{self}: expected rows of shape (batch, {self.in_features}), got {x.shape}")
+        return TypeError(f"{self}: the input has dtype {x.dtype}, the weights {weight.dtype}; convert with x.astype")
+
+
+class Sequential(Layer):
+    """Layers in a row; the chain that a schedule runs over.
+
+    >>> model = Sequential(Dense(4, 3, rng=0), Dense(3, 2, "identity", rng=1))
+    >>> model.predict(np.ones((5, 4), np.float32)).shape
+    (5, 2)
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        if not layers:
+            raise ValueError("Sequential: expected at least one layer")
+        for layer in layers:
+            if not isinstance(layer, Layer):
+                raise TypeError(f"Sequential: expected layers, got {layer!r}")
+        self.layers = list(layers)
+
+    def __repr__(self) -> str:
+        return f"Sequential({', '.join(map(repr, self.layers))})"
+
+    def parameters(self) -> list[Parameter]:
+        return [parameter for layer in self.layers for parameter in layer.parameters()]
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        saved = []
+        for layer in self.layers:
+            x, kept = layer.forward(x)
+            saved.append(kept)
+        return x, saved
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        for layer, kept in zip(reversed(self.layers), reversed(saved), strict=True):
+            dy = layer.backward(dy, kept)
+        return dy
+
+    @np.errstate(over="ignore")
+    def predict(self, x: Array) -> Array:
+        """The output alone: nothing is saved, two activations are alive at a time."""
+        for layer in self.layers:
+            x, _ = layer.forward(x)
+        return x
+
+
+def mlp(
+    sizes: Sequence[int],
+    activation: str = "relu",
+    output: str = "identity",
+    *,
+    initializer: Initializer | None = None,
+    dtype: npt.DTypeLike = np.float32,
+    rng: RNG = None,
+    backend: str | None = None,
+) -> Sequential:
+    """A multi-layer perceptron: dense layers of ``sizes``, the last with the activation ``output``.
+
+    >>> mlp([784, 30, 10])
+    Sequential(Dense(784, 30, relu), Dense(30, 10, identity))
+    """
+    sizes = check_sizes(sizes)
+    generator = as_generator(rng)
+    names = [activation] * (len(sizes) - 2) + [output]
+    return Sequential(
+        *(
+            Dense(n, m, name, initializer=initializer, dtype=dtype, rng=generator, backend=backend)
+            for n, m, name in zip(sizes[:-1], sizes[1:], names, strict=True)
+        )
+    )

@@ -1,0 +1,95 @@
+"""Parameters as lists of plain arrays, as the lab exercise sees them, under two promises at once.
+
+* An array once handed out is never changed by a later update: ``weights = network.weights`` keeps the weights of
+  that moment.
+* Until that update the array *is* the network's: ``network.weights[0][i, j] += 1e-5`` changes the network.
+
+So the network lends its own arrays, and an update of a lent parameter writes to a fresh copy (copy on write).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, SupportsIndex
+
+from npnet.backend import Array
+from npnet.layer import Parameter
+
+
+class LentList(list[Array]):
+    """What ``network.weights`` gives: putting another array in a place puts it in the network, until the update."""
+
+    def __init__(self, arrays: Iterable[Array], replace: Callable[[int, Any], Array]) -> None:
+        super().__init__(arrays)
+        self.replace: Callable[[int, Any], Array] | None = replace  # None: taken back, an ordinary list from then on
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self.replace is not None:
+            if not isinstance(index, SupportsIndex):
+                raise TypeError("to replace several arrays, assign a whole list: network.weights = [...]")
+            value = self.replace(range(len(self))[index], value)
+        super().__setitem__(index, value)
+
+
+class Lender:
+    """The parameters of one kind (all weights, all biases) as a list of matrices.
+
+    Args:
+        name: "weights" or "biases", for messages.
+        parameters: one a layer.
+        convert: makes an array of the network's backend and dtype of what is assigned, or refuses it.
+    """
+
+    def __init__(self, name: str, parameters: Sequence[Parameter], convert: Callable[[Any, str], Array]) -> None:
+        self.name, self.parameters, self.convert = name, parameters, convert
+        self._lent: LentList | None = None
+
+    def lend(self) -> LentList:
+        """The arrays themselves; the same list until `take_back`."""
+        if self._lent is None:
+            for parameter in self.parameters:
+                parameter.lent = True
+            self._lent = LentList((as_matrix(parameter.value) for parameter in self.parameters), self.replace)
+        return self._lent
+
+    def take_back(self) -> None:
+        """Before an update: the list lent, if any, is its holder's alone from now on."""
+        if self._lent is not None:
+            self._lent.replace = None
+            self._lent = None
+
+    def replace(self, index: int, array: Any) -> Array:
+        """Put ``array`` in the parameter's place: itself, not a copy, where its dtype fits.
+
+        Raises:
+            TypeError, ValueError: its kind or shape does not fit.
+        """
+        parameter, name = self.parameters[index], f"{self.name}[{index}]"
+        array, expected = self.convert(array, name), as_matrix(parameter.value).shape
+        if array.shape != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {array.shape}")
+        parameter.value = array.reshape(parameter.value.shape)
+        parameter.lent = True
+        return array
+
+    def replace_all(self, arrays: Iterable[Any]) -> None:
+        """Put every array in its place, or none if one does not fit.
+
+        Raises:
+            TypeError, ValueError: their number, or the kind or shape of one, does not fit.
+        """
+        arrays = list(arrays)
+        if len(arrays) != len(self.parameters):
+            raise ValueError(f"{self.name}: expected {len(self.parameters)} arrays, one a layer, got {len(arrays)}")
+        before = [(parameter.value, parameter.lent) for parameter in self.parameters]
+        try:
+            for index, array in enumerate(arrays):
+                self.replace(index, array)
+        except (TypeError, ValueError):
+            for parameter, (value, lent) in zip(self.parameters, before, strict=True):
+                parameter.value, parameter.lent = value, lent
+            raise
+        self.take_back()
+
+
+def as_matrix(value: Array) -> Array:
+    """A weight as it is, a bias (out,) as a column (out, 1) that shares its memory."""
+    return value if value.ndim == 2 else value.reshape(-1, 1)

@@ -1,0 +1,125 @@
+"""Losses: what a batch of outputs costs, and the gradient with which backpropagation starts.
+
+Every loss is a mean over the batch, so the learning rate does not depend on the batch size. Outputs and
+targets are rows of the same shape, (batch, features). Values come back as 0-d arrays: on a GPU nothing waits
+for the device until somebody calls ``float()``.
+"""
+
+import math
+
+from npnet.backend import Array, array_module, backend_of
+from npnet.checks import check_rows
+
+
+class TrainingDiverged(ArithmeticError):
+    """The loss is no longer a finite number. Raised before the backward pass, so that step changed nothing."""
+
+
+def check_finite(loss: Array | float) -> float:
+    """``loss`` as a float; on a GPU this waits for the device.
+
+    Raises:
+        TrainingDiverged: it is infinite or not a number.
+    """
+    value = float(loss)
+    if not math.isfinite(value):
+        raise TrainingDiverged(
+            f"the loss is {value}, training has diverged and the weights are left as they were before this step; "
+            "try a lower learning rate, or look for extreme values in the data"
+        )
+    return value
+
+
+class Loss:
+    """Calling a loss gives its value; `value_and_gradient` also its gradient with respect to the output."""
+
+    def __call__(self, output: Array, target: Array) -> Array:
+        """The loss, a 0-d array."""
+        return self.value_and_gradient(output, target)[0]
+
+    def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
+        """The loss, a 0-d array, and dL/d(output), a new array of the output's shape."""
+        raise NotImplementedError(f"{type(self).__name__}.value_and_gradient")
+
+    def check_targets(self, targets: Array, features: int) -> None:
+        """Refuse targets that this loss cannot take; called once for a data set, not for each batch.
+
+        Raises:
+            ValueError: they are not rows of ``features`` numbers.
+        """
+        check_rows(targets, features, "targets")
+
+
+def _check_pair(output: Array, target: Array) -> None:
+    if backend_of(output) is not backend_of(target):
+        raise TypeError(
+            f"loss: the output is on backend {backend_of(output).name!r}, the target on "
+            f"{backend_of(target).name!r}; move one with npnet.to_backend"
+        )
+    if output.shape != target.shape:
+        raise ValueError(f"loss: output and target must have the same shape, got {output.shape} and {target.shape}")
+
+
+class _SquaredError(Loss):
+    def _weight(self, output: Array) -> float:
+        """The factor w of L = w/2 * sum (output - target)^2."""
+        raise NotImplementedError
+
+    def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
+        _check_pair(output, target)
+        xp, weight = array_module(output), self._weight(output)
+        difference = xp.subtract(output, target)  # (batch, features)
+        flat = difference.ravel()
+        value = xp.dot(flat, flat) * (0.5 * weight)
+        xp.multiply(difference, weight, out=difference)
+        return value, difference
+
+
+class Quadratic(_SquaredError):
+    """L = 1/(2 batch) * sum of (output - target)^2  (Nielsen, 2015, eq. 6); gradient (output - target) / batch."""
+
+    def _weight(self, output: Array) -> float:
+        return 1.0 / len(output)
+
+
+class MeanSquaredError(_SquaredError):
+    """L = 1/(batch * features) * sum of (output - target)^2, as ``torch.nn.MSELoss``."""
+
+    def _weight(self, output: Array) -> float:
+        return 2.0 / output.size
+
+
+class SoftmaxCrossEntropy(Loss):
+    """L = -1/batch * sum of target * log softmax(output); gradient (softmax(output) - target) / batch.
+
+    Takes logits, not probabilities. log softmax(z) = s - log(sum exp(s)) with s = z - max(z) never overflows.
+    The gradient is the textbook one because each row of ``target`` sums to 1: one-hot, or probabilities.
+    """
+
+    def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
+        _check_pair(output, target)
+        xp, batch = array_module(output), len(output)
+        shifted = xp.subtract(output, output.max(axis=1, keepdims=True))  # (batch, classes)
+        exp = xp.exp(shifted)
+        total = exp.sum(axis=1, keepdims=True)  # (batch, 1)
+        value = (xp.log(total).sum() - xp.dot(target.ravel(), shifted.ravel())) / batch
+        xp.divide(exp, total, out=exp)
+        xp.subtract(exp, target, out=exp)
+        xp.multiply(exp, 1.0 / batch, out=exp)
+        return value, exp
+
+    def check_targets(self, targets: Array, features: int) -> None:
+        super().check_targets(targets, features)
+        xp = array_module(targets)
+        if float(targets.min()) < 0 or float(xp.abs(targets.sum(axis=1) - 1).max()) > 1e-3:
+            raise ValueError(
+                "targets: softmax cross-entropy needs rows of probabilities (each >= 0, together 1), one-hot for "
+                "class labels: npnet.one_hot(labels, classes)"
+            )
+
+
+LOSSES: dict[str, type[Loss]] = {
+    "quadratic": Quadratic,
+    "mean_squared_error": MeanSquaredError,
+    "softmax_cross_entropy": SoftmaxCrossEntropy,
+}

@@ -1,0 +1,342 @@
+"""The lab's networks: dense sigmoid layers and the quadratic cost, with and without checkpointing.
+
+A thin face over the engine. The names, signatures and conventions are those of the classic exercise (Nielsen,
+"Neural Networks and Deep Learning", 2015, chapters 1 and 2): x and y come as rows, (samples, features), into
+`Network.SGD`, `Network.update_mini_batch` and `Network.evaluate`, and as columns, (features, samples), into
+`Network.backprop` and whatever it calls.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npnet import schedules
+from npnet.backend import Array, array_module, get_backend, to_backend
+from npnet.checkpoint import Restore, backpropagate
+from npnet.checks import (
+    check_array,
+    check_no_nan,
+    check_number,
+    check_one_hot,
+    check_pairs,
+    check_rows,
+    check_sizes,
+    check_whole,
+)
+from npnet.layer import Layer, Parameter
+from npnet.layers import Dense
+from npnet.lending import Lender, as_matrix
+from npnet.losses import TrainingDiverged, check_finite
+from npnet.random import RNG, as_generator
+from npnet.schedules import Schedule, ScheduleLike
+
+Pair = tuple[Array, Array]
+"""(x, y), a row per sample each."""
+
+_EVALUATE_ROWS = 1000  # rows that evaluate runs at a time, so that a large test set does not set the peak
+
+
+class Network:
+    """A chain of dense sigmoid layers with the quadratic cost, trained by stochastic gradient descent.
+
+    Args:
+        sizes: layer sizes, input first, such as [784, 30, 10].
+        dtype: of parameters and activations.
+        rng: seed or generator. None draws from NumPy's global stream, all biases first, then all weights: after
+            ``np.random.seed(k)`` the network is the one that the classic exercise builds.
+        backend: "numpy" or "cupy"; the current backend by default.
+
+    Raises:
+        TypeError, ValueError: ``sizes`` are not at least two positive whole numbers.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        dtype: npt.DTypeLike = np.float64,
+        rng: RNG = None,
+        backend: str | None = None,
+    ) -> None:
+        self.dtype = np.dtype(dtype)
+        self.backend = get_backend(backend)
+        draw = np.random.standard_normal if rng is None else as_generator(rng).standard_normal
+        self.sizes = check_sizes(sizes)
+        self.num_layers = len(self.sizes)
+        biases = [draw(size) for size in self.sizes[1:]]
+        self.layers = [
+            Dense(n, m, "sigmoid", initializer=lambda shape, _: draw(shape), dtype=dtype, backend=self.backend.name)
+            for n, m in zip(self.sizes[:-1], self.sizes[1:], strict=True)
+        ]
+        for layer, bias in zip(self.layers, biases, strict=True):
+            layer.bias.value = to_backend(bias.astype(self.dtype), self.backend.name)
+        self._weights = Lender("weights", [layer.weight for layer in self.layers], self._array)
+        self._biases = Lender("biases", [layer.bias for layer in self.layers], self._array)
+        self._schedule = schedules.none(len(self.layers))
+        self._restore: Restore | None = None
+
+    @property
+    def weights(self) -> list[Array]:
+        """The weights, a list of (out, in) arrays; see `npnet.lending` for what may be done with them."""
+        return self._weights.lend()
+
+    @weights.setter
+    def weights(self, arrays: Iterable[Array]) -> None:
+        self._weights.replace_all(arrays)
+
+    @property
+    def biases(self) -> list[Array]:
+        """The biases, a list of (out, 1) arrays; as `weights`."""
+        return self._biases.lend()
+
+    @biases.setter
+    def biases(self, arrays: Iterable[Array]) -> None:
+        self._biases.replace_all(arrays)
+
+    @np.errstate(over="ignore")
+    def feedforward(self, a: Array) -> Array:
+        """The network's output.
+
+        Args:
+            a: rows, (samples, sizes[0]).
+
+        Returns:
+            Columns, (sizes[-1], samples).
+        """
+        a = self._rows(a, self.sizes[0], "a")
+        for layer in self.layers:
+            a, _ = layer.forward(a)
+        columns: Array = a.T
+        return columns
+
+    def evaluate(self, test_data: Pair) -> float:
+        """The share of samples whose largest output is at the label, in [0, 1].
+
+        Args:
+            test_data: (x, y), rows; y one-hot.
+
+        Raises:
+            ValueError: shapes do not fit, or y is not one-hot.
+        """
+        x, y = self._pairs(test_data, "test_data: ")
+        check_one_hot(y, "test_data: y")
+        correct = 0
+        for start in range(0, len(x), _EVALUATE_ROWS):
+            rows = slice(start, start + _EVALUATE_ROWS)
+            correct += int((self.feedforward(x[rows]).argmax(axis=0) == y[rows].argmax(axis=1)).sum())
+        return correct / len(x)
+
+    def cost_derivative(self, output_activations: Array, y: Array) -> Array:
+        """dC/da at the output for C = sum of (a - y)^2 / 2; columns. Override it for another cost."""
+        return output_activations - y
+
+    def backprop(self, x: Array, y: Array) -> tuple[list[Array], list[Array]]:
+        """The gradient of the cost, summed over the batch.
+
+        Args:
+            x: columns, (sizes[0], batch).
+            y: columns, (sizes[-1], batch).
+
+        Returns:
+            (nabla_b, nabla_w): lists in the shapes of `biases` and `weights`.
+        """
+        x = self._rows(x.T, self.sizes[0], "x.T (backprop takes columns)")
+        y = self._rows(y.T, self.sizes[-1], "y.T (backprop takes columns)")
+        check_pairs(x, y, "in backprop, transposed, ")
+        self._run(x, y, 1.0, None)
+        nabla_b, nabla_w = [], []
+        for layer in self.layers:
+            nabla_b.append(as_matrix(_taken(layer.bias)))
+            nabla_w.append(_taken(layer.weight))
+        return nabla_b, nabla_w
+
+    def update_mini_batch(self, mini_batch: Pair, eta: float) -> None:
+        """One step of gradient descent on a batch: w <- w - eta/batch * dC/dw.
+
+        The step is linear in the gradient at the output, so eta/batch is multiplied in there, once, on the
+        smallest array there is. Each layer is updated as soon as its gradient is known, and the gradient is
+        freed. (A subclass that overrides `backprop` is updated from what that returns.)
+
+        Args:
+            mini_batch: (x, y), rows.
+            eta: learning rate.
+
+        Raises:
+            TrainingDiverged: the loss is not finite; the weights are as before.
+        """
+        x, y = self._pairs(mini_batch, "mini_batch: ")
+        rate = check_number(eta, "eta") / len(x)
+        if getattr(self.backprop, "__func__", None) is Network.backprop:
+            self._weights.take_back()
+            self._biases.take_back()
+            self._run(x, y, rate, _descend)
+            return
+        nabla_b, nabla_w = self.backprop(x.T, y.T)
+        self.weights = [w - rate * nabla for w, nabla in zip(self.weights, nabla_w, strict=True)]
+        self.biases = [b - rate * nabla for b, nabla in zip(self.biases, nabla_b, strict=True)]
+
+    def _run(self, x: Array, y: Array, factor: float, after_backward: Callable[[Layer], None] | None) -> None:
+        """Backpropagate ``factor`` times the cost derivative."""
+
+        def output_gradient(output: Array) -> Array:
+            derivative = self.cost_derivative(output.T, y.T).T
+            if derivative.shape != output.shape:
+                raise ValueError(f"cost_derivative: expected shape {output.T.shape}, got {derivative.T.shape}")
+            flat = derivative.ravel()
+            check_finite(array_module(flat).dot(flat, flat))
+            return derivative * factor
+
+        backpropagate(
+            self.layers, self._schedule, x, output_gradient, after_backward=after_backward, restore=self._restore
+        )
+
+    def SGD(  # noqa: N802 - the exercise's name
+        self,
+        training_data: Pair,
+        epochs: int,
+        mini_batch_size: int,
+        eta: float,
+        test_data: Pair | None = None,
+        log: bool = True,
+    ) -> None:
+        """Stochastic gradient descent, in the order of the data, whole batches only.
+
+        Args:
+            training_data: (x, y), rows.
+            epochs: passes over the data.
+            mini_batch_size: samples a step.
+            eta: learning rate.
+            test_data: (x, y) to `evaluate` after each epoch, when ``log`` is set.
+            log: print a line per epoch.
+
+        Raises:
+            ValueError: shapes do not fit, the batch is larger than the data, or the data hold NaN.
+            TrainingDiverged: the loss is not finite, with the epoch and the step.
+        """
+        x, y = self._pairs(training_data, "training_data: ")
+        epochs, batch = check_whole(epochs, "epochs"), check_whole(mini_batch_size, "mini_batch_size", least=1)
+        if batch > len(x):
+            raise ValueError(f"mini_batch_size: {batch} is more than the {len(x)} training samples")
+        check_no_nan(x, "training_data: x")
+        check_no_nan(y, "training_data: y")
+        if test_data is not None:
+            test_data = self._pairs(test_data, "test_data: ")
+            check_no_nan(test_data[0], "test_data: x")
+            check_one_hot(test_data[1], "test_data: y")
+        for epoch in range(epochs):
+            for step in range(len(x) // batch):
+                rows = slice(step * batch, (step + 1) * batch)
+                try:
+                    self.update_mini_batch((x[rows], y[rows]), eta)
+                except TrainingDiverged as error:
+                    raise TrainingDiverged(f"epoch {epoch}, step {step}, eta {eta}: {error}") from None
+            if log and test_data is not None:
+                print(f"Epoch: {epoch}, Accuracy: {self.evaluate(test_data)}")
+            elif log:
+                print(f"Epoch: {epoch}")
+
+    def _array(self, array: Any, name: str) -> Array:
+        return check_array(array, self.backend, self.dtype, name)
+
+    def _rows(self, array: Array, features: int, name: str) -> Array:
+        array = self._array(array, name)
+        check_rows(array, features, name)
+        return array
+
+    def _pairs(self, pair: Pair, name: str) -> Pair:
+        try:
+            x, y = pair
+        except (TypeError, ValueError):
+            raise TypeError(f"{name}expected a pair (x, y), got {type(pair).__name__}") from None
+        x, y = self._rows(x, self.sizes[0], f"{name}x"), self._rows(y, self.sizes[-1], f"{name}y")
+        check_pairs(x, y, name)
+        return x, y
+
+
+class NetworkWithCheckpointing(Network):
+    """The same network, trained with gradient checkpointing: same gradients, bit for bit, in less memory.
+
+    Args:
+        sizes, dtype, rng, backend: as for `Network`.
+        checkpoint_every_nth_layer: keep the output of every n-th layer, and recompute the others from there. 0 is
+            off, 1 keeps all.
+        schedule: instead of n, a `Schedule`, a name ("none", "sqrt"), a list of actions or a function of the depth.
+
+    Raises:
+        TypeError, ValueError: n is not a whole number >= 0, both n and a schedule are given, or the schedule
+            does not fit the network.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        checkpoint_every_nth_layer: int = 0,
+        *,
+        schedule: ScheduleLike | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(sizes, **options)
+        self.checkpoint_every_nth_layer = checkpoint_every_nth_layer
+        self._restore = self._restore_through_lab
+        if schedule is not None:
+            if checkpoint_every_nth_layer:
+                raise ValueError("give checkpoint_every_nth_layer or schedule, not both")
+            self._schedule = schedules.as_schedule(schedule, len(self.layers))
+
+    @property
+    def schedule(self) -> Schedule:
+        """What a step computes, holds and recomputes."""
+        return self._schedule
+
+    @property
+    def checkpoint_every_nth_layer(self) -> int:
+        """n; assigning to it replaces the schedule."""
+        return self._every
+
+    @checkpoint_every_nth_layer.setter
+    def checkpoint_every_nth_layer(self, n: int) -> None:
+        self._every = check_whole(n, "checkpoint_every_nth_layer")
+        self._schedule = schedules.every_nth(len(self.layers), n)
+
+    def forward_between_checkpoints(self, a: Array, checkpoint_idx_start: int, layer_idx_end: int) -> list[Array]:
+        """Recompute activations from a checkpoint; `backprop` restores every segment through here.
+
+        Args:
+            a: the activation that layers[checkpoint_idx_start] takes, columns (features, batch).
+            checkpoint_idx_start: index of the first layer to run.
+            layer_idx_end: index behind the last layer to run.
+
+        Returns:
+            ``a`` and the outputs of the layers, columns: layer_idx_end - checkpoint_idx_start + 1 arrays.
+        """
+        rows, activations = a.T, [a]
+        for layer in self.layers[checkpoint_idx_start:layer_idx_end]:
+            rows, _ = layer.forward(rows)
+            activations.append(rows.T)
+        return activations
+
+    def _restore_through_lab(self, a: Array, first: int, last: int) -> list[Array]:
+        activations = list(self.forward_between_checkpoints(a.T, first - 1, last))
+        shapes = [(size, len(a)) for size in self.sizes[first - 1 : last + 1]]
+        if [activation.shape for activation in activations] != shapes:
+            raise ValueError(
+                f"forward_between_checkpoints({first - 1}, {last}): expected activations of shapes {shapes}, got "
+                f"{[activation.shape for activation in activations]}"
+            )
+        return [activation.T for activation in activations[1:]]
+
+
+def _taken(parameter: Parameter) -> Array:
+    """The parameter's gradient, which is then no longer the parameter's."""
+    gradient, parameter.gradient = parameter.gradient, None
+    assert gradient is not None
+    return gradient
+
+
+def _descend(layer: Layer) -> None:
+    """w <- w - g for each parameter of the layer."""
+    for parameter in layer.parameters():
+        weight = parameter.writable()
+        array_module(weight).subtract(weight, _taken(parameter), out=weight)

@@ -1,0 +1,89 @@
+"""Optimizers: what becomes of a gradient.
+
+``step(parameters)`` updates them in place and frees their gradients (whose buffers it may overwrite). Called
+for one layer at a time during the backward pass, it keeps all gradients from ever being alive together;
+called once at the end it is the ordinary step. Both give the same numbers.
+"""
+
+import math
+from collections.abc import Iterable
+
+from npnet.backend import Array, array_module
+from npnet.checks import check_number
+from npnet.layer import Parameter
+
+
+class Optimizer:
+    """Updates parameters from their gradients; keeps what it has to remember per parameter."""
+
+    def step(self, parameters: Iterable[Parameter]) -> None:
+        """Update every parameter that has a gradient, and set the gradient to None."""
+        for parameter in parameters:
+            if parameter.gradient is not None:
+                self._update(parameter, parameter.gradient)
+                parameter.gradient = None
+
+    def _update(self, parameter: Parameter, gradient: Array) -> None:
+        raise NotImplementedError(f"{type(self).__name__}._update")
+
+
+class SGD(Optimizer):
+    """w <- w - eta v  with  v <- momentum v + g  (v = g without momentum).
+
+    The form of ``torch.optim.SGD``; Sutskever et al., "On the importance of initialization and momentum", 2013.
+    """
+
+    def __init__(self, learning_rate: float, momentum: float = 0.0) -> None:
+        self.learning_rate = check_number(learning_rate, "learning_rate")
+        self.momentum = check_number(momentum, "momentum", below=1.0)
+        self._velocity: dict[Parameter, Array] = {}
+
+    def _update(self, parameter: Parameter, gradient: Array) -> None:
+        xp, weight = array_module(gradient), parameter.writable()
+        if self.momentum:
+            velocity = self._velocity.get(parameter)
+            if velocity is None:
+                self._velocity[parameter] = gradient.copy(order="K")
+            else:
+                xp.multiply(velocity, self.momentum, out=velocity)
+                xp.add(velocity, gradient, out=velocity)
+                xp.copyto(gradient, velocity)
+        xp.multiply(gradient, self.learning_rate, out=gradient)
+        xp.subtract(weight, gradient, out=weight)
+
+
+class Adam(Optimizer):
+    """m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- w - eta m' / (sqrt(v') + eps),
+    with m' = m / (1 - b1^t) and v' = v / (1 - b2^t).
+
+    Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, algorithm 1.
+    """
+
+    def __init__(
+        self, learning_rate: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8
+    ) -> None:
+        self.learning_rate = check_number(learning_rate, "learning_rate")
+        self.beta1, self.beta2 = check_number(beta1, "beta1", below=1.0), check_number(beta2, "beta2", below=1.0)
+        self.epsilon = check_number(epsilon, "epsilon")
+        self._state: dict[Parameter, tuple[Array, Array, int]] = {}  # m, v, and t: the steps taken
+
+    def _update(self, parameter: Parameter, gradient: Array) -> None:
+        xp, weight = array_module(gradient), parameter.writable()
+        mean, square, t = self._state.get(parameter) or (xp.zeros_like(gradient), xp.zeros_like(gradient), 0)
+        t += 1
+        self._state[parameter] = mean, square, t
+        # In place throughout: the gradient's own buffer holds (1-b1) g, then (1-b2) g^2, then the step.
+        xp.multiply(gradient, 1 - self.beta1, out=gradient)
+        xp.multiply(mean, self.beta1, out=mean)
+        xp.add(mean, gradient, out=mean)
+        xp.multiply(gradient, gradient, out=gradient)
+        xp.multiply(gradient, (1 - self.beta2) / (1 - self.beta1) ** 2, out=gradient)
+        xp.multiply(square, self.beta2, out=square)
+        xp.add(square, gradient, out=square)
+        step = gradient
+        xp.sqrt(square, out=step)
+        xp.multiply(step, 1 / math.sqrt(1 - self.beta2**t), out=step)
+        xp.add(step, self.epsilon, out=step)
+        xp.divide(mean, step, out=step)
+        xp.multiply(step, self.learning_rate / (1 - self.beta1**t), out=step)
+        xp.subtract(weight, step, out=weight)

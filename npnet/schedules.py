@@ -1,0 +1,258 @@
+"""Schedules: what is computed, recomputed and forgotten in one training step, and when.
+
+A chain of L layers computes a_l = f_l(a_{l-1}); a_0 is the input. A schedule is a list of three kinds of action:
+
+* ``forward l``   compute a_l from a_{l-1} and hold it;
+* ``drop l``      forget a_l;
+* ``backward l``  turn the gradient at a_l into the gradient at a_{l-1}, and forget a_l and its gradient.
+
+That one list is executed (`npnet.checkpoint`), checked (here), and printed. Plain backpropagation is the list
+with no drop: everything is held. Dropping an activation before its backward pass means to compute it again;
+the activations that are not dropped are the *checkpoints*.
+
+This module knows integers only: no arrays, no bytes.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+from itertools import groupby
+from typing import NamedTuple, TypeAlias
+
+from npnet.checks import check_whole
+
+
+class Kind(Enum):
+    """What an action does."""
+
+    FORWARD = "forward"
+    DROP = "drop"
+    BACKWARD = "backward"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+FORWARD, DROP, BACKWARD = Kind.FORWARD, Kind.DROP, Kind.BACKWARD
+
+
+class Action(NamedTuple):
+    """One entry of a schedule: ``layer`` is l, from 1 to the depth L."""
+
+    kind: Kind
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} {self.layer}"
+
+
+class Step(NamedTuple):
+    """What the engine executes: one action, or a run of forward actions for layers first, first + 1, ... last."""
+
+    kind: Kind
+    first: int
+    last: int
+    recompute: bool  # forward: these layers have been run before
+    saves: bool  # forward: what these layers save is for the backward pass to come
+
+
+class InvalidSchedule(ValueError):
+    """An action list that cannot be executed, or leaves something undone; the message names the action."""
+
+
+class Schedule(tuple[Action, ...]):
+    """A checked action list for a chain of ``depth`` layers.
+
+    Args:
+        actions: the list, as `Action` or (kind, layer) pairs.
+        depth: number of layers L.
+        name: what to call it in tables and pictures.
+        needs_saved: layers whose backward pass needs more than their input and output (see
+            `npnet.layer.Layer.output_suffices`), so that they have to be run again before it.
+
+    Raises:
+        InvalidSchedule: an action uses what is not held, holds twice, or the list leaves a layer without
+            its backward pass.
+
+    >>> print(every_nth(3, 2))
+    forward 1, forward 2, drop 1, forward 3, backward 3, forward 1, backward 2, backward 1
+    """
+
+    depth: int
+    name: str
+    steps: tuple[Step, ...]
+
+    def __new__(
+        cls, actions: Iterable[tuple[Kind, int]], depth: int, name: str = "custom", needs_saved: Iterable[int] = ()
+    ) -> "Schedule":
+        self = super().__new__(cls, (Action(*action) for action in actions))
+        self.depth, self.name = depth, name
+        self.steps = self._compile(frozenset(needs_saved))
+        return self
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+    @property
+    def forwards(self) -> Counter[int]:
+        """How often each layer runs forward."""
+        return Counter(action.layer for action in self if action.kind is FORWARD)
+
+    @property
+    def extra_forwards(self) -> int:
+        """How many layer-forwards are recomputation: all but the first of each layer.
+
+        >>> every_nth(50, 7).extra_forwards
+        42
+        """
+        return sum(count - 1 for count in self.forwards.values())
+
+    def _compile(self, needs_saved: frozenset[int]) -> tuple[Step, ...]:
+        """Check the actions one by one, and join what the engine can run in one go.
+
+        A forward action *saves* when it is the layer's last: backward is next to need what it computed.
+        """
+        last_forward = {action.layer: i for i, action in enumerate(self) if action.kind is FORWARD}
+        held, seen, steps = {0}, set[int](), list[Step]()
+        next_backward = self.depth  # the layer at whose output the gradient is known
+        for i, (kind, layer) in enumerate(self):
+            problem = ""
+            if not (isinstance(kind, Kind) and isinstance(layer, int) and 1 <= layer <= self.depth):
+                problem = f"expected a Kind and a layer from 1 to {self.depth}"
+            elif kind is FORWARD and layer > next_backward:
+                problem = f"layer {layer} already had its backward pass"
+            elif kind is FORWARD and layer in held:
+                problem = f"a_{layer} is held already"
+            elif kind is FORWARD and layer - 1 not in held:
+                problem = f"its input a_{layer - 1} is not held"
+            elif kind is DROP and layer not in held:
+                problem = f"a_{layer} is not held"
+            elif kind is BACKWARD and layer != next_backward:
+                problem = f"the gradient is at a_{next_backward}, so layer {next_backward} is next"
+            elif kind is BACKWARD and not {layer - 1, layer} <= held:
+                problem = f"it needs a_{layer - 1} and a_{layer}, and a_{min({layer - 1, layer} - held)} is not held"
+            if problem:
+                raise InvalidSchedule(f"action {i} of {len(self)}, {Action(kind, layer)}: {problem}")
+            if kind is FORWARD:
+                held.add(layer)
+            else:
+                held.remove(layer)
+            if kind is BACKWARD:
+                next_backward -= 1
+            saves = kind is FORWARD and layer in needs_saved and last_forward[layer] == i
+            steps.append(Step(kind, layer, layer, layer in seen, saves))
+            seen.add(layer)
+        if next_backward or held != {0}:
+            missing = (
+                f"layer {next_backward} has no backward pass" if next_backward else f"a_{max(held)} is never freed"
+            )
+            raise InvalidSchedule(f"after the last of {len(self)} actions: {missing}")
+        return tuple(_join(steps))
+
+
+ScheduleLike: TypeAlias = Schedule | str | Callable[[int], Schedule] | Iterable[tuple[Kind, int]]
+"""What ``schedule=`` takes; see `as_schedule`."""
+
+
+def _join(steps: Sequence[Step]) -> Iterable[Step]:
+    """Runs of forward steps for consecutive layers, as single steps."""
+    for (_, kind, recompute, saves), run in groupby(
+        enumerate(steps), lambda item: (item[1].first - item[0], item[1].kind, item[1].recompute, item[1].saves)
+    ):
+        members = [step for _, step in run]
+        if kind is FORWARD:
+            yield Step(kind, members[0].first, members[-1].last, recompute, saves)
+        else:
+            yield from members
+
+
+def none(depth: int) -> Schedule:
+    """Plain backpropagation: every activation is held until its backward pass.
+
+    >>> print(none(2))
+    forward 1, forward 2, backward 2, backward 1
+    """
+    return every_nth(depth, 0)
+
+
+def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
+    """Checkpoint the output of every ``n``-th layer; recompute each segment between two checkpoints when it is needed.
+
+    Two recomputations that the textbook version makes are saved: the last segment is kept from the forward
+    pass, and the last layer of each other segment is not run again, since its output is the next
+    checkpoint (unless the layer is in ``needs_saved``). Extra forwards: (n - 1) * floor((L - 1) / n).
+
+    Args:
+        depth: number of layers L.
+        n: distance between checkpoints; 0 and 1 both keep everything.
+        needs_saved: as for `Schedule`.
+
+    Raises:
+        TypeError: ``n`` is not a whole number.
+        ValueError: ``n`` is negative.
+    """
+    n = check_whole(n, "checkpoint_every_nth_layer")
+    needs_saved = frozenset(needs_saved)
+    segment = n if n > 1 else depth
+    starts = range(0, depth, segment)
+    actions: list[tuple[Kind, int]] = []
+    for layer in range(1, depth + 1):
+        actions.append((FORWARD, layer))
+        if starts[-1] >= layer > 1 and (layer - 1) % segment:
+            actions.append((DROP, layer - 1))
+    for start in reversed(starts):
+        end = min(start + segment, depth)
+        if start != starts[-1]:
+            recompute_end = end
+            if end in needs_saved:
+                actions.append((DROP, end))
+            else:
+                recompute_end = end - 1
+            actions += [(FORWARD, layer) for layer in range(start + 1, recompute_end + 1)]
+        actions += [(BACKWARD, layer) for layer in range(end, start, -1)]
+    name = f"every {n}" if n > 1 else "none"
+    return Schedule(actions, depth, name, needs_saved)
+
+
+def sqrt(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
+    """Checkpoint every round(sqrt(L)) layers: about 2 sqrt(L) activations held instead of L.
+
+    Chen, Xu, Zhang & Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016, section 3.
+
+    >>> sqrt(50).name
+    'every 7'
+    """
+    return every_nth(depth, max(1, round(math.sqrt(depth))), needs_saved)
+
+
+MAKERS: dict[str, Callable[[int], Schedule]] = {"none": none, "sqrt": sqrt}
+"""Schedules that need nothing but the depth, by name."""
+
+
+def as_schedule(schedule: ScheduleLike, depth: int) -> Schedule:
+    """The schedule for ``depth`` layers that ``schedule`` stands for.
+
+    Args:
+        schedule: a `Schedule`, a list of actions, the name of a maker in `MAKERS`, or a function of the depth.
+        depth: number of layers L.
+
+    Raises:
+        ValueError: no schedule has that name, or it is for another depth.
+        InvalidSchedule: the actions cannot be executed.
+        TypeError: it is none of these.
+    """
+    if isinstance(schedule, str):
+        if schedule not in MAKERS:
+            raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(map(repr, MAKERS))}")
+        schedule = MAKERS[schedule]
+    if callable(schedule):
+        schedule = schedule(depth)
+    if isinstance(schedule, Schedule):
+        if schedule.depth != depth:
+            raise ValueError(f"the schedule {schedule.name!r} is for {schedule.depth} layers, the network has {depth}")
+        return schedule
+    try:
+        return Schedule(schedule, depth)
+    except TypeError:
+        raise TypeError(f"schedule: expected a Schedule, a name or a list of (kind, layer), got {schedule!r}") from None
