@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -170,8 +170,8 @@ def array_module(x: Any) -> Any:
 def to_backend(x: Any, name: str | None = None) -> Array:
     """``x`` as an array of the backend ``name`` (the current one by default); copied only where it must be."""
     target = get_backend(name)
-    array: Array = x if isinstance(x, target.array_type) else target.xp.asarray(to_host(x))
-    return array
+    moved: Any = x if isinstance(x, target.array_type) else target.xp.asarray(to_host(x))
+    return cast(Array, moved)
 
 
 def to_host(x: Any) -> Array:

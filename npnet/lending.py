@@ -63,12 +63,12 @@ class Lender:
             TypeError, ValueError: its kind or shape does not fit.
         """
         parameter, name = self.parameters[index], f"{self.name}[{index}]"
-        array, expected = self.convert(array, name), as_matrix(parameter.value).shape
-        if array.shape != expected:
-            raise ValueError(f"{name}: expected shape {expected}, got {array.shape}")
-        parameter.value = array.reshape(parameter.value.shape)
+        matrix, expected = self.convert(array, name), as_matrix(parameter.value).shape
+        if matrix.shape != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {matrix.shape}")
+        parameter.value = matrix.reshape(parameter.value.shape)
         parameter.lent = True
-        return array
+        return matrix
 
     def replace_all(self, arrays: Iterable[Any]) -> None:
         """Put every array in its place, or none if one does not fit.

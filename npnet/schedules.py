@@ -133,7 +133,7 @@ class Schedule(tuple[Action, ...]):
             elif kind is BACKWARD and not {layer - 1, layer} <= held:
                 problem = f"it needs a_{layer - 1} and a_{layer}, and a_{min({layer - 1, layer} - held)} is not held"
             if problem:
-                raise InvalidSchedule(f"action {i} of {len(self)}, {Action(kind, layer)}: {problem}")
+                raise InvalidSchedule(f"action {i} of {len(self)}, {getattr(kind, 'value', kind)} {layer}: {problem}")
             if kind is FORWARD:
                 held.add(layer)
             else:
