@@ -16,11 +16,59 @@ from npnet.backend import (
     use_backend,
 )
 from npnet.checkpoint import backpropagate
+from npnet.datasets import DataError, batches, load_mnist, one_hot
 from npnet.layer import Layer, Parameter
 from npnet.layers import Dense, Sequential, mlp
 from npnet.losses import Loss, MeanSquaredError, Quadratic, SoftmaxCrossEntropy, TrainingDiverged
+from npnet.memory import MemoryReport, measure_peak, measure_rss_peak
 from npnet.network import Network, NetworkWithCheckpointing
 from npnet.optimizers import SGD, Adam, Optimizer
 from npnet.schedules import InvalidSchedule, Schedule
+from npnet.training import History, fit, step_costs, train_step
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Activation",
+    "Adam",
+    "BackendUnavailable",
+    "DataError",
+    "Dense",
+    "History",
+    "Identity",
+    "InvalidSchedule",
+    "Layer",
+    "Loss",
+    "MeanSquaredError",
+    "MemoryReport",
+    "Network",
+    "NetworkWithCheckpointing",
+    "Optimizer",
+    "Parameter",
+    "Quadratic",
+    "ReLU",
+    "Schedule",
+    "Sequential",
+    "Sigmoid",
+    "SoftmaxCrossEntropy",
+    "Tanh",
+    "TrainingDiverged",
+    "array_module",
+    "available_backends",
+    "backpropagate",
+    "batches",
+    "fit",
+    "get_backend",
+    "load_mnist",
+    "measure_peak",
+    "measure_rss_peak",
+    "mlp",
+    "one_hot",
+    "register_backend",
+    "step_costs",
+    "to_backend",
+    "to_host",
+    "train_step",
+    "use_backend",
+]

@@ -44,25 +44,26 @@ def _load_cupy() -> Backend:
     install = "pip install 'npnet[cuda12]' (or npnet[cuda13], after the CUDA version that nvidia-smi prints)"
     try:
         import cupy
-    except ModuleNotFoundError as error:
-        raise BackendUnavailable(f"backend 'cupy': the package is missing ({error}); {install}") from error
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"backend 'cupy': the package is there but does not load ({error}); {install}"
-        ) from error
-    runtime = cupy.cuda.runtime
-    if runtime.driverGetVersion() == 0:
-        raise BackendUnavailable(
-            "backend 'cupy': the package is there, the NVIDIA driver is missing; install the driver "
-            "(nvidia-smi must work), or use backend 'numpy'"
-        )
+
+        runtime = cupy.cuda.runtime
+    except (ImportError, AttributeError) as error:  # AttributeError: an empty folder called cupy imports, too
+        missing = isinstance(error, AttributeError) or getattr(error, "name", None) == "cupy"
+        problem = "is missing" if missing else "is there but does not load"
+        raise BackendUnavailable(f"backend 'cupy': the package {problem} ({error}); {install}") from error
     try:
-        count = runtime.getDeviceCount()
+        driver, count = runtime.driverGetVersion(), 0
+        if driver:
+            count = runtime.getDeviceCount()
     except RuntimeError as error:
         raise BackendUnavailable(
             f"backend 'cupy': the driver cannot serve this CuPy ({error}); update the driver, or {install}"
         ) from error
-    if count == 0:
+    if not driver:
+        raise BackendUnavailable(
+            "backend 'cupy': the package is there, the NVIDIA driver is missing; install the driver "
+            "(nvidia-smi must work), or use backend 'numpy'"
+        )
+    if not count:
         raise BackendUnavailable(
             "backend 'cupy': package and driver are there, a GPU is not (or CUDA_VISIBLE_DEVICES hides it); "
             "use backend 'numpy'"
@@ -79,7 +80,9 @@ _current: str | None = None  # None: not chosen yet, NPNET_BACKEND decides
 def register_backend(name: str, load: Callable[[], Backend]) -> None:
     """Make ``name`` a backend; ``load()`` builds it when it is first asked for."""
     _loaders[name] = load
-    _loaded.pop(name, None)
+    replaced = _loaded.pop(name, None)
+    if replaced is not None:
+        _by_type.pop(replaced.array_type, None)
 
 
 def get_backend(name: str | None = None) -> Backend:
@@ -94,11 +97,14 @@ def get_backend(name: str | None = None) -> Backend:
         name = _current
     if name is None:
         name = os.environ.get("NPNET_BACKEND") or "numpy"
-        source = " (from the environment variable NPNET_BACKEND)"
-    if name not in _loaders:
+        source = " (chosen by the environment variable NPNET_BACKEND)"
+    if not isinstance(name, str) or name not in _loaders:
         raise ValueError(f"unknown backend {name!r}{source}; choose one of {', '.join(map(repr, _loaders))}")
     if name not in _loaded:
-        backend = _loaders[name]()
+        try:
+            backend = _loaders[name]()
+        except BackendUnavailable as error:
+            raise BackendUnavailable(f"{error}{source}") from error.__cause__
         _loaded[name] = backend
         _by_type[backend.array_type] = backend
     return _loaded[name]

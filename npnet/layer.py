@@ -13,6 +13,9 @@ from typing import Any, ClassVar, TypeAlias
 
 from npnet.backend import Array
 
+Pair: TypeAlias = tuple[Array, Array]
+"""Data to learn from, (x, y), a row per sample each: (samples, features) and (samples, outputs)."""
+
 Saved: TypeAlias = Any
 """What backward needs of a forward pass; only the layer that made it looks inside."""
 

@@ -59,7 +59,7 @@ class Dense(Layer):
     def forward(self, x: Array) -> tuple[Array, Saved]:
         xp, weight = array_module(x), self.weight.value
         try:
-            y = xp.empty((x.shape[0], self.out_features), x.dtype)  # (batch, out)
+            y = xp.empty((x.shape[0], self.out_features), weight.dtype)  # (batch, out)
             xp.dot(x, weight.T, out=y)
         except (IndexError, TypeError, ValueError):
             raise self._input_error(x) from None

@@ -6,9 +6,10 @@ for the device until somebody calls ``float()``.
 """
 
 import math
+from collections.abc import Callable
 
 from npnet.backend import Array, array_module, backend_of
-from npnet.checks import check_rows
+from npnet.checks import check_one_hot, check_pairs, check_rows
 
 
 class TrainingDiverged(ArithmeticError):
@@ -28,6 +29,29 @@ def check_finite(loss: Array | float) -> float:
             "try a lower learning rate, or look for extreme values in the data"
         )
     return value
+
+
+ACCURACY_ROWS = 1000  # rows that run at a time, so that a large test set does not set the peak
+
+
+def accuracy(predict: Callable[[Array], Array], x: Array, y: Array) -> float:
+    """The share of rows of which the largest output is where ``y`` has its 1, in [0, 1].
+
+    Args:
+        predict: from rows of x to rows of outputs.
+        x: (samples, features).
+        y: (samples, classes), one-hot.
+
+    Raises:
+        ValueError: ``y`` is not one-hot, or not as long as ``x``.
+    """
+    check_pairs(x, y)
+    check_one_hot(y, "y")
+    correct = 0
+    for start in range(0, len(x), ACCURACY_ROWS):
+        rows = slice(start, start + ACCURACY_ROWS)
+        correct += int((predict(x[rows]).argmax(axis=1) == y[rows].argmax(axis=1)).sum())
+    return correct / len(x)
 
 
 class Loss:

@@ -25,17 +25,12 @@ from npnet.checks import (
     check_sizes,
     check_whole,
 )
-from npnet.layer import Layer, Parameter
+from npnet.layer import Layer, Pair, Parameter
 from npnet.layers import Dense
 from npnet.lending import Lender, as_matrix
-from npnet.losses import TrainingDiverged, check_finite
+from npnet.losses import TrainingDiverged, accuracy, check_finite
 from npnet.random import RNG, as_generator
 from npnet.schedules import Schedule, ScheduleLike
-
-Pair = tuple[Array, Array]
-"""(x, y), a row per sample each."""
-
-_EVALUATE_ROWS = 1000  # rows that evaluate runs at a time, so that a large test set does not set the peak
 
 
 class Network:
@@ -121,12 +116,7 @@ class Network:
             ValueError: shapes do not fit, or y is not one-hot.
         """
         x, y = self._pairs(test_data, "test_data: ")
-        check_one_hot(y, "test_data: y")
-        correct = 0
-        for start in range(0, len(x), _EVALUATE_ROWS):
-            rows = slice(start, start + _EVALUATE_ROWS)
-            correct += int((self.feedforward(x[rows]).argmax(axis=0) == y[rows].argmax(axis=1)).sum())
-        return correct / len(x)
+        return accuracy(lambda rows: self.feedforward(rows).T, x, y)
 
     def cost_derivative(self, output_activations: Array, y: Array) -> Array:
         """dC/da at the output for C = sum of (a - y)^2 / 2; columns. Override it for another cost."""

@@ -6,7 +6,7 @@ called once at the end it is the ordinary step. Both give the same numbers.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from npnet.backend import Array, array_module
 from npnet.checks import check_number
@@ -15,6 +15,8 @@ from npnet.layer import Parameter
 
 class Optimizer:
     """Updates parameters from their gradients; keeps what it has to remember per parameter."""
+
+    learning_rate: float
 
     def step(self, parameters: Iterable[Parameter]) -> None:
         """Update every parameter that has a gradient, and set the gradient to None."""
@@ -87,3 +89,11 @@ class Adam(Optimizer):
         xp.divide(mean, step, out=step)
         xp.multiply(step, self.learning_rate / (1 - self.beta1**t), out=step)
         xp.subtract(weight, step, out=weight)
+
+
+OPTIMIZERS: dict[str, Callable[[float], Optimizer]] = {
+    "sgd": SGD,
+    "momentum": lambda learning_rate: SGD(learning_rate, momentum=0.9),
+    "adam": Adam,
+}
+"""Optimizers by name, from the learning rate alone."""

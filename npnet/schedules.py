@@ -211,7 +211,7 @@ def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
                 recompute_end = end - 1
             actions += [(FORWARD, layer) for layer in range(start + 1, recompute_end + 1)]
         actions += [(BACKWARD, layer) for layer in range(end, start, -1)]
-    name = f"every {n}" if n > 1 else "none"
+    name = f"every {n}" if n > 1 else "plain"
     return Schedule(actions, depth, name, needs_saved)
 
 

@@ -1,0 +1,5 @@
+"""python -m npnet: the same as the command npnet."""
+
+from npnet.cli import run
+
+run()

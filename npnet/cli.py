@@ -1,0 +1,226 @@
+# PYTHON_ARGCOMPLETE_OK
+"""The command line: npnet train | compare | data."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import npnet
+from npnet import compare, datasets, mnist, schedules
+from npnet.activations import ACTIVATIONS
+from npnet.backend import BackendUnavailable, get_backend
+from npnet.checks import check_number, check_sizes, check_whole
+from npnet.losses import LOSSES, TrainingDiverged
+from npnet.optimizers import OPTIMIZERS
+from npnet.report import Table, write_json
+from npnet.schedules import ScheduleLike
+
+TRAIN_EXAMPLES = """\
+examples:
+  npnet train                               a deep network on MNIST, with checkpointing
+  npnet train --out runs/mnist              and metrics.json, metrics.csv, training.png
+  npnet train --checkpoint-every 0          the same training without checkpointing
+  npnet train --checkpoint-every 4          a checkpoint every 4 layers
+  npnet train --classic                     the lab exercise: sigmoid, quadratic cost, in order, eta 3
+  npnet train --arch 784,256x4,10 --activation tanh --optimizer sgd --learning-rate 0.1
+"""
+COMPARE_EXAMPLES = """\
+examples:
+  npnet compare --quick                     a tenth of the data, and fewer rounds
+  npnet compare --out runs/report           and report.txt, report.json, a .csv and a .png for each table
+"""
+DATA_EXAMPLES = """\
+examples:
+  npnet data                                where MNIST is looked for, and where it is
+  npnet data verify                         check every byte of it
+  npnet data fetch                          download it into the cache
+"""
+
+
+def parse_arch(text: str) -> tuple[int, ...]:
+    """Layer sizes from "784,30x4,10".
+
+    >>> parse_arch("784,30x2,10")
+    (784, 30, 30, 10)
+    """
+    sizes: list[int] = []
+    for part in text.split(","):
+        size, _, count = part.partition("x")
+        try:
+            sizes += [int(size)] * (int(count) if count else 1)
+        except ValueError:
+            raise ValueError(f"{text!r}: expected sizes such as 784,30x4,10, but {part!r} is none") from None
+    return tuple(check_sizes(sizes))
+
+
+def parse_checkpoints(text: str) -> ScheduleLike:
+    """What --checkpoint-every takes: "sqrt" or a number of layers."""
+    if text == "sqrt":
+        return schedules.sqrt
+    try:
+        n = int(text)
+    except ValueError:
+        raise ValueError(f"expected a whole number of layers, 0 (off) or sqrt, got {text!r}") from None
+    check_whole(n, "the number of layers")
+    return lambda depth: schedules.every_nth(depth, n)
+
+
+def parse_out(text: str) -> Path:
+    """A folder that exists from now on and can be written: found out before the training, not after it."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {text}: {error.strerror or error}") from None
+    return folder
+
+
+def _type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``parse`` as an argparse type, so that the message people read is its own."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def whole(name: str, least: int) -> Callable[[str], int]:
+    """Parses a whole number, at least ``least``."""
+    return lambda text: check_whole(int(text) if text.lstrip("-").isdigit() else text, name, least)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="npnet", description="Neural networks in NumPy, trained in less memory by gradient checkpointing."
+    )
+    parser.add_argument("--version", action="version", version=f"npnet {npnet.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | compare | data")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, examples: str) -> Any:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", run_train, "Train on MNIST, and measure time and memory of a step.", TRAIN_EXAMPLES)
+    train.add_argument("--classic", action="store_true", help="the lab exercise's set-up; options override parts of it")
+    train.add_argument("--arch", type=_type(parse_arch), help="layer sizes, 128x20 for twenty of 128")
+    train.add_argument("--activation", choices=ACTIVATIONS, help="of the hidden layers")
+    train.add_argument("--loss", choices=LOSSES)
+    train.add_argument("--optimizer", choices=OPTIMIZERS)
+    train.add_argument("--learning-rate", "--eta", type=_type(lambda text: check_number(text, "the learning rate")))
+    train.add_argument("--decay", choices=["none", "linear"], help="linear: the learning rate falls to zero")
+    train.add_argument("--epochs", type=_type(whole("epochs", 1)))
+    train.add_argument("--batch-size", type=_type(whole("batch size", 1)))
+    train.add_argument(
+        "--checkpoint-every", type=_type(parse_checkpoints), default="sqrt", metavar="N",
+        help="layers between checkpoints; 0: keep everything; sqrt (default): the square root of the depth",
+    )  # fmt: skip
+    train.add_argument("--dtype", choices=["float32", "float64"])
+    train.add_argument("--backend", help="numpy or cupy (default: $NPNET_BACKEND, else numpy)")
+    train.add_argument("--samples", type=_type(whole("samples", 1)), help="train on the first SAMPLES images only")
+    compare = command(
+        "compare", run_compare, "The lab exercise's report: accuracy, time, memory, with and without checkpointing.",
+        COMPARE_EXAMPLES,
+    )  # fmt: skip
+    compare.add_argument("--quick", action="store_true", help="a tenth of the data, and fewer rounds")
+    for sub in (train, compare):
+        sub.add_argument("--seed", type=_type(whole("seed", 0)), default=0)
+        sub.add_argument("--data", metavar="PATH", help="MNIST file or its folder (default: searched, see npnet data)")
+        sub.add_argument("--out", type=_type(parse_out), metavar="DIR", help="write results and pictures there")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+    data = command(
+        "data", run_data, "Show, verify or fetch the MNIST file.",
+        DATA_EXAMPLES,
+    )  # fmt: skip
+    data.add_argument("action", nargs="?", choices=["show", "verify", "fetch"], default="show")
+    data.add_argument("--data", metavar="PATH", help="MNIST file or its folder; for fetch the folder to fill")
+    return parser
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """npnet train."""
+    settings = mnist.CLASSIC if options.classic else mnist.MODERN
+    given = {field.name: getattr(options, field.name, None) for field in fields(settings)}
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    mnist.train(
+        settings,
+        options.checkpoint_every,
+        get_backend(options.backend),
+        data=options.data,
+        samples=options.samples,
+        out=options.out,
+        log=not options.quiet,
+    )
+    return 0
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """npnet compare."""
+    print("loading MNIST", flush=True)
+    tables: list[Table] = []
+    try:
+        for table in compare.report(*datasets.load_mnist(options.data), options.quick, options.seed):
+            tables.append(table)
+            print(f"\n{table}", flush=True)
+    finally:
+        if options.out is not None and tables:
+            (options.out / "report.txt").write_text("\n\n".join(map(str, tables)) + "\n", encoding="utf-8")
+            write_json(options.out / "report.json", {table.name: table.rows for table in tables})
+            for table in tables:
+                table.write(options.out)
+            print(f"\nresults in {options.out}")
+    return 0
+
+
+def run_data(options: argparse.Namespace) -> int:
+    """npnet data."""
+    if options.action == "fetch":
+        print(f"MNIST is at {datasets.fetch_mnist(options.data)}")
+    elif options.action == "verify":
+        print(f"{datasets.verify_mnist(options.data)}: every byte is as it should be")
+    else:
+        print("MNIST is looked for in")
+        for folder in [Path(options.data)] if options.data else datasets.data_folders():
+            print(f"  {folder}")
+        print(f"and found at {datasets.find_mnist(options.data)}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Exit codes: 0, 1 for what went wrong on the way, 2 for bad arguments, 130 for Ctrl-C."""
+    parser = build_parser()
+    try:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    except ImportError:
+        pass
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (OSError, datasets.DataError, TrainingDiverged, ImportError) as error:
+        print(f"npnet {options.command}: {error}", file=sys.stderr)
+        return 1
+    except (TypeError, ValueError, BackendUnavailable) as error:
+        print(f"npnet {options.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run() -> NoReturn:
+    """The console script."""
+    sys.exit(main())

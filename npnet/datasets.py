@@ -1,0 +1,191 @@
+"""Data sets: where the files are, whether they are whole, and arrays ready to train on."""
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npnet.backend import Array
+from npnet.checks import check_whole
+from npnet.layer import Pair
+from npnet.random import RNG, as_generator
+
+MNIST_FILE = "mnist.npz"
+MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
+MNIST_URL_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
+# name -> shape, SHA-256 of the raw bytes
+MNIST_ARRAYS: dict[str, tuple[tuple[int, ...], str]] = {
+    "x_train": ((60000, 28, 28), "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"),
+    "y_train": ((60000,), "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13"),
+    "x_test": ((10000, 28, 28), "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"),
+    "y_test": ((10000,), "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5"),
+}
+_HOW = "get it with `npnet data fetch`, or copy data/mnist.npz from the npnet repository"
+
+
+class DataError(ValueError):
+    """A data file that is truncated, damaged, or not what it should be; the message names the file."""
+
+
+def cache_folder() -> Path:
+    """Where fetched data sets are kept: $XDG_CACHE_HOME/npnet, by default ~/.cache/npnet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npnet"
+
+
+def data_folders() -> list[Path]:
+    """The folders that are searched, in order: $NPNET_DATA, the repository's data/, the user's cache."""
+    chosen = os.environ.get("NPNET_DATA")
+    return [*([Path(chosen)] if chosen else []), Path(__file__).parents[1] / "data", cache_folder()]
+
+
+def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
+    """The MNIST file: ``path`` (a file, or a folder that holds mnist.npz), else the first of `data_folders` with one.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists where it was looked for.
+    """
+    places = [Path(path)] if path is not None else data_folders()
+    files = [place / MNIST_FILE if place.is_dir() or path is None else place for place in places]
+    for file in files:
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"no MNIST file at {' or '.join(map(str, files))}; {_HOW}")
+
+
+def read_mnist(path: str | os.PathLike[str] | None = None) -> dict[str, npt.NDArray[np.uint8]]:
+    """The four arrays of an MNIST file as they are stored: uint8, images (samples, 28, 28), labels (samples,).
+
+    Raises:
+        FileNotFoundError: see `find_mnist`.
+        DataError: the file is truncated, damaged, or does not hold these four arrays.
+    """
+    file = find_mnist(path)
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in MNIST_ARRAYS}
+    except KeyError as error:
+        raise DataError(f"{file}: not an MNIST file ({error}); expected {', '.join(MNIST_ARRAYS)}; {_HOW}") from None
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{file}: truncated, damaged or not an .npz file ({error}); {_HOW}") from error
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if (
+            x.dtype != np.uint8
+            or x.ndim != 3
+            or x.shape[1:] != (28, 28)
+            or y.shape != x.shape[:1]
+            or y.max(initial=0) > 9
+        ):
+            raise DataError(
+                f"{file}: not an MNIST file: expected uint8 images (samples, 28, 28) and labels 0 to 9 in "
+                f"x_{part}, y_{part}, got {x.dtype} {x.shape} and {y.dtype} {y.shape}; {_HOW}"
+            )
+    return arrays
+
+
+def load_mnist(path: str | os.PathLike[str] | None = None, dtype: npt.DTypeLike = np.float64) -> tuple[Pair, Pair]:
+    """MNIST, 60,000 + 10,000 handwritten digits, ready to train on.
+
+    Args:
+        path: the file, or its folder. By default $NPNET_DATA, the repository's data/, then the user's cache
+            are searched; nothing is downloaded.
+        dtype: of all four arrays.
+
+    Returns:
+        (x_train, y_train), (x_test, y_test): rows (samples, 784) scaled to [0, 1], one-hot labels (samples, 10).
+        In float64 376 MB + 63 MB for x.
+
+    Raises:
+        FileNotFoundError, DataError: the file is missing, damaged, or another.
+    """
+    arrays = read_mnist(path)
+    train, test = (
+        (_scaled(arrays[f"x_{part}"], dtype), one_hot(arrays[f"y_{part}"], 10, dtype)) for part in ("train", "test")
+    )
+    return train, test
+
+
+def _scaled(images: npt.NDArray[np.uint8], dtype: npt.DTypeLike) -> Array:
+    rows = images.reshape(len(images), -1).astype(dtype)  # (samples, 784)
+    rows /= 255
+    return rows
+
+
+def one_hot(labels: Any, classes: int, dtype: npt.DTypeLike = np.float64) -> Array:
+    """Class numbers as rows with a single 1: shape (samples, classes).
+
+    Raises:
+        TypeError: the labels are not whole numbers.
+        ValueError: they are not one-dimensional, or not all in 0 ... classes - 1.
+
+    >>> one_hot([2, 0], 3)
+    array([[0., 0., 1.],
+           [1., 0., 0.]])
+    """
+    labels, classes = np.asarray(labels), check_whole(classes, "classes", least=1)
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"labels: expected whole numbers, got dtype {labels.dtype}")
+    if labels.ndim != 1 or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
+        raise ValueError(f"labels: expected shape (samples,) with values from 0 to {classes - 1}, got {labels!r}")
+    rows = np.zeros((len(labels), classes), dtype)
+    rows[np.arange(len(labels)), labels] = 1
+    return rows
+
+
+def verify_mnist(path: str | os.PathLike[str] | None = None) -> Path:
+    """Check every byte of the MNIST file against the known hashes; returns the file's path.
+
+    Raises:
+        FileNotFoundError, DataError: it is missing, damaged, or holds other data than MNIST.
+    """
+    file = find_mnist(path)
+    for name, array in read_mnist(path).items():
+        shape, expected = MNIST_ARRAYS[name]
+        found = hashlib.sha256(array.tobytes()).hexdigest()
+        if array.shape != shape or found != expected:
+            raise DataError(
+                f"{file}: {name} is not MNIST's: shape {array.shape}, SHA-256 {found[:8]}..., expected {shape}, "
+                f"{expected[:8]}...; {_HOW}"
+            )
+    return file
+
+
+def fetch_mnist(folder: str | os.PathLike[str] | None = None) -> Path:
+    """Download MNIST (11.5 MB) into ``folder``, by default the user's cache; the hash is checked.
+
+    Raises:
+        ImportError: the package pooch is missing.
+        OSError: the download failed, or the folder cannot be written.
+    """
+    try:
+        import pooch
+    except ImportError as error:
+        raise ImportError("downloading needs the package pooch: pip install 'npnet[data]'") from error
+    target = Path(folder) if folder is not None else cache_folder()
+    try:
+        pooch.retrieve(MNIST_URL, f"sha256:{MNIST_URL_SHA256}", fname=MNIST_FILE, path=target, progressbar=True)
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+        raise OSError(
+            f"MNIST could not be fetched from {MNIST_URL} into {target}: {error}. By hand: put mnist.npz there, "
+            "or anywhere and name its folder in the environment variable NPNET_DATA"
+        ) from error
+    return verify_mnist(target)
+
+
+def batches(x: Array, y: Array, batch_size: int, rng: RNG = None, shuffle: bool = True) -> Iterator[Pair]:
+    """The samples in batches of ``batch_size`` rows, the last one shorter if they do not divide evenly.
+
+    >>> [len(x) for x, y in batches(np.zeros((5, 3)), np.zeros((5, 1)), 2)]
+    [2, 2, 1]
+    """
+    batch_size = check_whole(batch_size, "batch_size", least=1)
+    order = as_generator(rng).permutation(len(x)) if shuffle else None
+    for start in range(0, len(x), batch_size):
+        rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
+        yield x[rows], y[rows]

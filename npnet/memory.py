@@ -1,0 +1,186 @@
+"""Measuring peak memory: exactly, by counting allocations, or as the operating system sees it.
+
+`measure_peak` counts every byte that arrays take (tracemalloc on NumPy, the memory pool on CuPy); tracing slows
+Python down, so never time what it measures. `measure_rss_peak` runs a function in a fresh process, untraced, and
+asks the operating system: coarser (pages, the interpreter, the allocator's habits), but the truth about a process.
+"""
+
+import gc
+import multiprocessing
+import pickle
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from npnet.backend import get_backend
+
+_measuring = threading.Lock()
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a call returned, and the memory it took.
+
+    ``baseline_bytes`` were in use before the call, ``peak_bytes`` at its highest point, and ``increase_bytes`` is
+    the difference. ``method`` says what was counted: "tracemalloc", "cupy pool" or "rss".
+    """
+
+    result: Any
+    baseline_bytes: int
+    peak_bytes: int
+    method: str
+
+    @property
+    def increase_bytes(self) -> int:
+        """peak_bytes - baseline_bytes."""
+        return self.peak_bytes - self.baseline_bytes
+
+    def __str__(self) -> str:
+        return f"peak {format_bytes(self.increase_bytes)} above {format_bytes(self.baseline_bytes)} ({self.method})"
+
+
+def measure_peak(function: Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> MemoryReport:
+    """Call ``function(*args, **kwargs)`` and report the peak of the bytes allocated meanwhile.
+
+    Args:
+        backend: "numpy" counts allocations on the host with tracemalloc, which sees NumPy's buffers exactly; "cupy"
+            the bytes in use in the current device's memory pool (libraries' own workspace and the CUDA context are
+            outside it). By default the current backend.
+
+    Raises:
+        RuntimeError: another measurement is running, in this thread or another: each would count the other's bytes.
+    """
+    name = get_backend(backend).name
+    measure = _measure_cupy if name == "cupy" else _measure_tracemalloc
+    if not _measuring.acquire(blocking=False):
+        raise RuntimeError("measure_peak: another measurement is running; measure one call at a time")
+    try:
+        return measure(lambda: function(*args, **kwargs))
+    finally:
+        _measuring.release()
+
+
+def _measure_tracemalloc(call: Callable[[], Any]) -> MemoryReport:
+    gc.collect()
+    was_tracing = tracemalloc.is_tracing()
+    if not was_tracing:
+        tracemalloc.start()
+    try:
+        tracemalloc.reset_peak()
+        baseline = tracemalloc.get_traced_memory()[0]
+        result = call()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        if not was_tracing:
+            tracemalloc.stop()
+    return MemoryReport(result, baseline, peak, "tracemalloc")
+
+
+def _measure_cupy(call: Callable[[], Any]) -> MemoryReport:
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+    gc.collect()
+    baseline = peak = pool.used_bytes()
+
+    class Peak(cupy.cuda.MemoryHook):  # type: ignore[misc]
+        """Looks at the pool after each allocation: between two allocations it can only shrink."""
+
+        name = "npnet.measure_peak"
+
+        def malloc_postprocess(self, **_: Any) -> None:
+            nonlocal peak
+            peak = max(peak, pool.used_bytes())
+
+    with Peak():
+        result = call()
+    return MemoryReport(result, baseline, peak, "cupy pool")
+
+
+def measure_rss_peak(function: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryReport:
+    """Call ``function(*args, **kwargs)`` in a fresh process and report the peak of that process's resident memory.
+
+    The baseline is the process's memory after Python, NumPy and the function's module are loaded and the arguments
+    have arrived.
+
+    Raises:
+        TypeError: function, arguments or result cannot be sent to another process. Functions written in a notebook
+            need the package cloudpickle: pip install 'npnet[notebook]'.
+        Exception: whatever the function raised.
+        RuntimeError: the process died.
+    """
+    try:
+        import cloudpickle as pickler
+    except ImportError:
+        pickler = pickle
+    try:
+        task = pickler.dumps((function, args, kwargs))
+    except Exception as error:
+        raise TypeError(
+            f"measure_rss_peak: {function!r} or its arguments cannot be sent to a fresh process ({error}); define the "
+            "function in a module, or pip install 'npnet[notebook]'"
+        ) from error
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run_measured, args=(sender, task))
+    process.start()
+    sender.close()
+    try:
+        outcome = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"measure_rss_peak: the process died (exit code {process.exitcode})") from None
+    finally:
+        receiver.close()
+    process.join()
+    if isinstance(outcome, BaseException):
+        raise outcome
+    result, baseline, peak = pickle.loads(outcome)
+    return MemoryReport(result, baseline, peak, "rss")
+
+
+def _run_measured(sender: Any, task: bytes) -> None:
+    """In the fresh process: run the task, send back (result, baseline, peak), pickled, or the exception."""
+    import psutil
+
+    try:
+        function, args, kwargs = pickle.loads(task)
+        gc.collect()
+        baseline = int(psutil.Process().memory_info().rss)
+        result = function(*args, **kwargs)
+        peak = max(_rss_high_water(), baseline)
+        sender.send(pickle.dumps((result, baseline, peak)))
+    except BaseException as error:
+        sender.send(error)
+
+
+def _rss_high_water() -> int:
+    """The most resident memory that this process ever had, in bytes, as the operating system recorded it."""
+    import psutil
+
+    if sys.platform == "linux":  # getrusage's figure survives exec, and so includes the parent's peak; VmHWM does not
+        with open("/proc/self/status") as status:  # noqa: PTH123
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people, in decimal units.
+
+    >>> format_bytes(1234567)
+    '1.23 MB'
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:#.3g}".rstrip(".") + f" {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,180 @@
+"""The MNIST training script: what ``npnet train`` runs, from data to report."""
+
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import npnet
+from npnet.backend import Backend, to_backend
+from npnet.datasets import load_mnist
+from npnet.layer import Pair
+from npnet.layers import Sequential, mlp
+from npnet.losses import LOSSES, TrainingDiverged
+from npnet.memory import format_bytes
+from npnet.network import Network
+from npnet.optimizers import OPTIMIZERS
+from npnet.plots import save_training
+from npnet.report import Table, describe_sizes, write_json
+from npnet.schedules import ScheduleLike, as_schedule, none
+from npnet.training import History, StepCost, fit, step_costs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. ``exercise`` means: the classic exercise's first weights, samples in order, whole batches only."""
+
+    arch: tuple[int, ...]
+    activation: str
+    loss: str
+    optimizer: str
+    learning_rate: float
+    decay: str
+    batch_size: int
+    epochs: int
+    dtype: str
+    exercise: bool = False
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{describe_sizes(self.arch)} {self.activation}, {self.loss}, {self.optimizer} {self.learning_rate:g}, "
+            f"batch {self.batch_size}, {self.dtype}"
+        )
+
+
+MODERN = Settings(
+    (784, *[128] * 20, 10), "relu", "softmax_cross_entropy", "adam", 1e-3, "linear", 512, 12, "float32"
+)  # fmt: skip
+CLASSIC = Settings(
+    (784, 30, 30, 30, 30, 10), "sigmoid", "quadratic", "sgd", 3.0, "none", 100, 5, "float64", exercise=True
+)  # fmt: skip
+
+
+def train(
+    settings: Settings,
+    checkpoints: ScheduleLike,
+    backend: Backend,
+    *,
+    data: str | None = None,
+    samples: int | None = None,
+    out: Path | None = None,
+    log: bool = True,
+) -> None:
+    """Train on MNIST, print a report, and write it to ``out``: metrics.json, metrics.csv, training.png.
+
+    Args:
+        checkpoints: the schedule to train with; plain backpropagation is measured beside it.
+        data: MNIST's file or folder, if it is not to be searched.
+        samples: train on the first so many only.
+        out: an existing folder, or None.
+        log: show progress bars.
+
+    Raises:
+        TrainingDiverged, KeyboardInterrupt: after what was measured so far is printed and written.
+    """
+    if settings.arch[0] != 784 or settings.arch[-1] != 10:
+        raise ValueError(f"MNIST needs 784 inputs and 10 outputs, the network is {describe_sizes(settings.arch)}")
+    model = build(settings, backend)
+    schedule, plain = as_schedule(checkpoints, len(model.layers)), none(len(model.layers))
+    loss, optimizer = LOSSES[settings.loss](), OPTIMIZERS[settings.optimizer](settings.learning_rate)
+    print("loading MNIST", flush=True)
+    training_data, test_data = _load(settings, backend, data, samples)
+
+    title = f"{settings}, checkpoints: {schedule.name}"
+    print(title, flush=True)
+    x, y = (part[: settings.batch_size] for part in training_data)
+    costs = step_costs(model, loss, optimizer, dict.fromkeys((plain, schedule)), x, y)
+
+    history, outcome = History(), "finished"
+    try:
+        fit(
+            model,
+            training_data,
+            loss=loss,
+            optimizer=optimizer,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            schedule=schedule,
+            test_data=test_data,
+            rng=settings.seed,
+            shuffle=not settings.exercise,
+            decay=settings.decay == "linear",
+            history=history,
+            show={"peak": format_bytes(costs[-1].peak_bytes)},
+            log=log,
+        )
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+        raise
+    except TrainingDiverged as error:
+        outcome = f"diverged: {error}"
+        raise
+    finally:
+        _report(settings, title, history, costs, outcome, out)
+
+
+def build(settings: Settings, backend: Backend) -> Sequential:
+    """The untrained model; for the exercise with the weights that its network has after np.random.seed(seed)."""
+    if settings.exercise and settings.activation == "sigmoid":
+        np.random.seed(settings.seed)
+        return Sequential(*Network(settings.arch, dtype=settings.dtype, backend=backend.name).layers)
+    output = "sigmoid" if settings.loss == "quadratic" else "identity"
+    return mlp(
+        settings.arch, settings.activation, output, dtype=settings.dtype, rng=settings.seed, backend=backend.name
+    )
+
+
+def _load(settings: Settings, backend: Backend, data: str | None, samples: int | None) -> tuple[Pair, Pair]:
+    (x, y), test_data = load_mnist(data, settings.dtype)
+    count = min(samples or len(x), len(x))
+    if settings.batch_size > count:
+        raise ValueError(f"batch size {settings.batch_size} is more than the {count} training samples")
+    if settings.exercise:
+        count -= count % settings.batch_size
+    pairs = ((x[:count], y[:count]), test_data)
+    train_pair, test_pair = ((to_backend(x, backend.name), to_backend(y, backend.name)) for x, y in pairs)
+    return train_pair, test_pair
+
+
+def _report(
+    settings: Settings, title: str, history: History, costs: list[StepCost], outcome: str, out: Path | None
+) -> None:
+    table = Table("costs", "A training step, measured before the training", _compared(costs))
+    if history.accuracy is not None:
+        print(f"\ntest accuracy {100 * history.accuracy:.2f} %, {history.seconds:.1f} s in training steps ({outcome})")
+    print(f"\n{table}")
+    if out is None:
+        return
+    content = {
+        "outcome": outcome,
+        "test_accuracy": history.accuracy,
+        "seconds": history.seconds,
+        "costs": table.rows,
+        "epochs": history.rows(),
+        "settings": asdict(settings),
+        "versions": {"npnet": npnet.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    }
+    write_json(out / "metrics.json", content)
+    if history.epochs:
+        Table("metrics", title, history.rows()).write(out)
+        save_training(history, costs, out / "training.png")
+    print(f"\nresults in {out}")
+
+
+def _compared(costs: list[StepCost]) -> list[dict[str, Any]]:
+    """A row per schedule, with ratios to the first."""
+    base = costs[0]
+    return [
+        {
+            "checkpoints": cost.schedule,
+            "extra forwards": cost.extra_forwards,
+            "ms a step": round(cost.seconds * 1e3, 3),
+            "time ratio": round(cost.seconds / base.seconds, 3),
+            "peak bytes": cost.peak_bytes,
+            "memory ratio": round(cost.peak_bytes / base.peak_bytes, 3),
+        }
+        for cost in costs
+    ]

@@ -1,0 +1,110 @@
+"""Pictures. Every function draws on ``ax`` (a new figure's, if None) and returns it; nothing is shown or saved here."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npnet.memory import format_bytes
+from npnet.training import History, StepCost
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREY = "#3b6ea5", "#d9822b", "#8c8c8c"
+
+
+def _axes(ax: "Axes | None") -> "Axes":
+    """``ax``, or that of a new figure (without pyplot, so that no window and no global state come with it)."""
+    if ax is not None:
+        return ax
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(6, 4), layout="constrained").add_subplot()
+
+
+def plot_history(history: History, ax: "Axes | None" = None) -> "Axes":
+    """Training loss and test accuracy, by epoch."""
+    ax = _axes(ax)
+    epochs = [epoch.epoch for epoch in history.epochs]
+    ax.plot(epochs, [epoch.loss for epoch in history.epochs], "o-", color=BLUE)
+    reached = f"training: {100 * history.accuracy:.2f} % on the test data" if history.accuracy else "training"
+    ax.set(title=reached, xlabel="epoch", ylabel="mean training loss")
+    ax.yaxis.label.set_color(BLUE)
+    ax.locator_params(axis="x", integer=True)
+    scores = [(epoch.epoch, 100 * epoch.accuracy) for epoch in history.epochs if epoch.accuracy is not None]
+    if scores:
+        right = ax.twinx()
+        right.plot(*zip(*scores, strict=True), "s-", color=ORANGE)
+        right.set_ylabel("test accuracy in %", color=ORANGE)
+    return ax
+
+
+def plot_bars(
+    values: Mapping[str, float],
+    ax: "Axes | None" = None,
+    *,
+    title: str = "",
+    ylabel: str = "",
+    labels: Sequence[str] = (),
+) -> "Axes":
+    """A bar for each name, the first in grey: the others are compared with it. ``labels`` stand on the bars."""
+    ax = _axes(ax)
+    bars = ax.bar(list(values), list(values.values()), color=[GREY, *[BLUE] * (len(values) - 1)], width=0.6)
+    ax.bar_label(bars, labels=list(labels) or None, padding=2)
+    ax.set(title=title, ylabel=ylabel)
+    ax.margins(y=0.15)
+    return ax
+
+
+def plot_accuracies(accuracies: Mapping[str, Sequence[float]], ax: "Axes | None" = None) -> "Axes":
+    """Accuracy by epoch for several runs. Equal curves lie on each other: each is thinner than the one before."""
+    ax = _axes(ax)
+    for i, (name, values) in enumerate(accuracies.items()):
+        ax.plot(
+            range(1, len(values) + 1),
+            [100 * value for value in values],
+            "o-",
+            label=name,
+            linewidth=2.5 * (len(accuracies) - i),
+            markersize=4 + 4 * (len(accuracies) - i),
+            alpha=0.6,
+        )
+    ax.set(title="accuracy, with and without checkpointing", xlabel="epoch", ylabel="test accuracy in %")
+    ax.locator_params(axis="x", integer=True)
+    ax.legend()
+    return ax
+
+
+def plot_costs(costs: Sequence[StepCost], axes: "Sequence[Axes]") -> None:
+    """Time and peak memory of one training step under several schedules, side by side on two ``axes``."""
+    base = costs[0]
+    plot_bars(
+        {cost.schedule: cost.seconds * 1e3 for cost in costs},
+        axes[0],
+        title="time of a training step",
+        ylabel="ms",
+        labels=[f"{cost.seconds * 1e3:.3g} ms\nx {cost.seconds / base.seconds:.2f}" for cost in costs],
+    )
+    plot_bars(
+        {cost.schedule: cost.peak_bytes / 1e6 for cost in costs},
+        axes[1],
+        title="peak memory of training",
+        ylabel="MB",
+        labels=[f"{format_bytes(cost.peak_bytes)}\nx {cost.peak_bytes / base.peak_bytes:.2f}" for cost in costs],
+    )
+
+
+def figure(columns: int) -> Any:
+    """A figure with ``columns`` axes in a row: (figure, list of axes)."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(4.6 * columns, 4), layout="constrained")
+    return drawing, list(drawing.subplots(1, columns, squeeze=False)[0])
+
+
+def save_training(history: History, costs: Sequence[StepCost], path: Path) -> None:
+    """The picture of a training run: learning curve, and the costs of a step with and without checkpointing."""
+    drawing, axes = figure(3)
+    plot_history(history, axes[0])
+    plot_costs(costs, axes[1:])
+    drawing.savefig(path, dpi=120)

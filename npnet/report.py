@@ -1,0 +1,60 @@
+"""Results as tables: printed, and written as CSV, JSON and pictures."""
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with the same keys. ``name`` is that of its files, ``draw(path)`` makes its picture (None: it has none)."""
+
+    name: str
+    title: str
+    rows: Sequence[Mapping[str, Any]]
+    draw: Callable[[Path], None] | None = None
+
+    def __str__(self) -> str:
+        columns = list(self.rows[0])
+        cells = [columns, *([_cell(row[column]) for column in columns] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        return "\n".join([self.title, "", *lines])
+
+    def write(self, folder: Path) -> None:
+        """name.csv and, if there is something to draw, name.png in ``folder``."""
+        with (folder / f"{self.name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.draw is not None:
+            self.draw(folder / f"{self.name}.png")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """``content`` as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def describe_sizes(sizes: Sequence[int]) -> str:
+    """Layer sizes for people, repetitions counted.
+
+    >>> describe_sizes([784, 30, 30, 30, 10])
+    '784,30x3,10'
+    """
+    parts: list[tuple[int, int]] = []
+    for size in sizes:
+        if parts and parts[-1][0] == size:
+            parts[-1] = size, parts[-1][1] + 1
+        else:
+            parts.append((size, 1))
+    return ",".join(f"{size}x{count}" if count > 1 else str(size) for size, count in parts)

@@ -1,0 +1,211 @@
+"""The training loop, and what one training step costs under one schedule or another."""
+
+import copy
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from npnet.backend import Array
+from npnet.checkpoint import backpropagate
+from npnet.checks import check_no_nan, check_pairs, check_whole
+from npnet.datasets import batches
+from npnet.layer import Pair
+from npnet.layers import Sequential
+from npnet.losses import Loss, TrainingDiverged, accuracy, check_finite
+from npnet.memory import measure_peak
+from npnet.optimizers import Optimizer
+from npnet.random import RNG, as_generator
+from npnet.schedules import Schedule, ScheduleLike, as_schedule
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the data: its steps' mean loss and time, and the accuracy on the test data after it."""
+
+    epoch: int
+    steps: int
+    loss: float
+    accuracy: float | None
+    seconds: float
+
+
+@dataclass
+class History:
+    """What happened in training, epoch by epoch. An epoch that was broken off is there, without accuracy."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training steps."""
+        return sum(epoch.seconds for epoch in self.epochs)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The last accuracy measured."""
+        return next((epoch.accuracy for epoch in reversed(self.epochs) if epoch.accuracy is not None), None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary per epoch, for tables and files."""
+        return [asdict(epoch) for epoch in self.epochs]
+
+
+def train_step(model: Sequential, loss: Loss, optimizer: Optimizer, schedule: Schedule, x: Array, y: Array) -> float:
+    """Forward, backward and update on one batch; each layer is updated, and its gradient freed, on the way back.
+
+    Args:
+        x: (batch, features).
+        y: targets, (batch, outputs).
+
+    Returns:
+        The loss before the update.
+
+    Raises:
+        TrainingDiverged: the loss is not finite; nothing was updated.
+    """
+    value = 0.0
+
+    def output_gradient(output: Array) -> Array:
+        nonlocal value
+        loss_value, gradient = loss.value_and_gradient(output, y)
+        value = check_finite(loss_value)
+        return gradient
+
+    backpropagate(
+        model.layers, schedule, x, output_gradient, after_backward=lambda layer: optimizer.step(layer.parameters())
+    )
+    return value
+
+
+def fit(
+    model: Sequential,
+    training_data: Pair,
+    *,
+    loss: Loss,
+    optimizer: Optimizer,
+    epochs: int,
+    batch_size: int,
+    schedule: ScheduleLike = "none",
+    test_data: Pair | None = None,
+    rng: RNG = None,
+    shuffle: bool = True,
+    decay: bool = False,
+    history: History | None = None,
+    show: Mapping[str, str] | None = None,
+    log: bool = True,
+) -> History:
+    """Train ``model``: the same numbers under every ``schedule``.
+
+    Args:
+        training_data, test_data: (x, y), rows; accuracy on the test data is measured after each epoch.
+        batch_size: samples a step; the last batch of an epoch takes what is left.
+        schedule: what to keep and what to recompute; see `npnet.schedules.as_schedule`.
+        rng: seed or generator of the shuffling.
+        shuffle: False takes the samples in order.
+        decay: let the learning rate fall linearly to zero over these epochs (Li, Yumer & Ramanan, "Budgeted
+            Training", 2020).
+        history: to append to, so that it is there even when training is interrupted.
+        show: more to say in the progress bar.
+        log: show the progress bar.
+
+    Raises:
+        ValueError: the data do not fit the model, hold NaN, or are fewer than a batch.
+        TrainingDiverged: the loss is not finite, with the epoch and the step.
+    """
+    from tqdm.auto import tqdm
+
+    history = History() if history is None else history
+    epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
+    plan, generator = as_schedule(schedule, len(model.layers)), as_generator(rng)
+    for name, pair in (("training data", training_data), ("test data", test_data)):
+        if pair is not None:
+            _check_data(model, loss, name, *pair)
+    x, y = training_data
+    if batch_size > len(x):
+        raise ValueError(f"batch_size: {batch_size} is more than the {len(x)} training samples")
+    first, rate, steps = len(history.epochs), optimizer.learning_rate, -(-len(x) // batch_size)
+    for number in range(first, first + epochs):
+        losses: list[float] = []
+        seconds, score = 0.0, None
+        progress = tqdm(total=steps, desc=f"epoch {number + 1}", unit="step", disable=not log, mininterval=0.5)
+        try:
+            for batch in batches(x, y, batch_size, generator, shuffle):
+                start = time.perf_counter()
+                if decay:
+                    optimizer.learning_rate = rate * (1 - ((number - first) * steps + len(losses)) / (epochs * steps))
+                losses.append(train_step(model, loss, optimizer, plan, *batch))
+                seconds += time.perf_counter() - start
+                progress.set_postfix(_readings(losses[-1], history.accuracy, show), refresh=False)
+                progress.update()
+            score = accuracy(model.predict, *test_data) if test_data is not None else None
+            progress.set_postfix(_readings(statistics.fmean(losses), score, show))
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"epoch {number + 1}, step {len(losses) + 1} of {steps}: {error}") from None
+        finally:
+            optimizer.learning_rate = rate
+            progress.close()
+            if losses:
+                history.epochs.append(Epoch(number + 1, len(losses), statistics.fmean(losses), score, seconds))
+    return history
+
+
+def _readings(loss: float, score: float | None, show: Mapping[str, str] | None) -> dict[str, str]:
+    """What the progress bar says behind the bar."""
+    return {"loss": f"{loss:.4f}", "accuracy": "-" if score is None else f"{score:.4f}", **(show or {})}
+
+
+def _check_data(model: Sequential, loss: Loss, name: str, x: Array, y: Array) -> None:
+    """Refuse data that do not fit, by running one row through the model."""
+    if x.ndim != 2 or not len(x):
+        raise ValueError(f"{name}: expected x of shape (samples, features), got {x.shape}")
+    check_pairs(x, y, f"{name}: ")
+    loss.check_targets(y, model.predict(x[:1]).shape[1])
+    check_no_nan(x, f"{name}: x")
+    check_no_nan(y, f"{name}: y")
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a training step costs: ``peak_bytes`` counts all that npnet allocates for training (parameters, optimizer
+    state, gradients, activations), not the caller's data."""
+
+    schedule: str
+    seconds: float
+    peak_bytes: int
+    extra_forwards: int
+
+
+def step_costs(
+    model: Sequential,
+    loss: Loss,
+    optimizer: Optimizer,
+    schedules: Iterable[Schedule],
+    x: Array,
+    y: Array,
+    rounds: int = 15,
+) -> list[StepCost]:
+    """Measure training steps on copies of the model: the median time of ``rounds`` interleaved steps, untraced, and
+    the traced peak of building the copy and taking two steps.
+    """
+    plans = list(schedules)
+
+    def two_steps(plan: Schedule) -> None:
+        own_model, own_optimizer = copy.deepcopy((model, optimizer))
+        for _ in range(2):  # the optimizer allocates its state in the first
+            train_step(own_model, loss, own_optimizer, plan, x, y)
+
+    peaks = [measure_peak(two_steps, plan).increase_bytes for plan in plans]
+    copies = [copy.deepcopy((model, optimizer)) for _ in plans]
+    times: list[list[float]] = [[] for _ in plans]
+    for round_number in range(rounds + 1):
+        for (own_model, own_optimizer), plan, seconds in zip(copies, plans, times, strict=True):
+            start = time.perf_counter()
+            train_step(own_model, loss, own_optimizer, plan, x, y)
+            if round_number:  # the first is warming up
+                seconds.append(time.perf_counter() - start)
+    return [
+        StepCost(plan.name, statistics.median(seconds), peak, plan.extra_forwards)
+        for plan, seconds, peak in zip(plans, times, peaks, strict=True)
+    ]
