@@ -94,6 +94,34 @@ class Schedule(tuple[Action, ...]):
     def __str__(self) -> str:
         return ", ".join(map(str, self))
 
+    def diagram(self) -> str:
+        """The schedule as a picture: a line per action, a column per activation.
+
+        ``F`` is computed, ``R`` computed again, ``o`` held, and ``B`` used and freed by a backward action.
+
+        >>> print(every_nth(3, 2).diagram())
+                    a0 a1 a2 a3
+        forward 1    o  F
+        forward 2    o  o  F
+        drop 1       o  .  o
+        forward 3    o  .  o  F
+        backward 3   o  .  o  B
+        forward 1    o  R  o  .
+        backward 2   o  o  B  .
+        backward 1   o  B  .  .
+        """
+        width = len(str(self.depth)) + 1
+        marks = ["o", *[" "] * self.depth]
+        lines = [" " * 12 + " ".join(f"a{i}".rjust(width) for i in range(self.depth + 1))]
+        seen: set[int] = set()
+        for action in self:
+            kind, layer = action
+            marks[layer] = {FORWARD: "R" if layer in seen else "F", DROP: ".", BACKWARD: "B"}[kind]
+            seen.add(layer)
+            lines.append(f"{action!s:<12}" + " ".join(mark.rjust(width) for mark in marks).rstrip())
+            marks[layer] = "o" if kind is FORWARD else "."
+        return "\n".join(lines)
+
     @property
     def forwards(self) -> Counter[int]:
         """How often each layer runs forward."""

@@ -602,7 +602,7 @@ def test_the_environment_decides_until_somebody_else_does(xp: GuardModule, monke
     ("value", "expected"),
     [
         ("guard", "guard"),
-        ("tpu", "unknown backend 'tpu' (from the environment variable NPNET_BACKEND); choose one of 'numpy', 'cupy'"),
+        ("tpu", "unknown backend 'tpu' (chosen by the environment variable NPNET_BACKEND); choose one of 'numpy', 'cupy'"),
     ],
 )
 def test_the_environment_of_a_fresh_process_decides(value: str, expected: str) -> None:

@@ -115,7 +115,7 @@ def test_lines_without_test_data_and_without_log(capsys, nth):
 
 
 def test_memory_cell_shows_the_saving():
-    data, peaks = tuple(array.T for array in columns([784, 10], 200)), []
+    data, peaks = [np.ascontiguousarray(array.T) for array in columns([784, 10], 200)], []
     for nth in (0, 2, 7):
         tracemalloc.start()
         build(npnet, [784] + [30] * 50 + [10], nth).SGD(data, epochs=2, mini_batch_size=100, eta=3.0, log=False)
