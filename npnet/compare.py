@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +12,77 @@ from npnet.layer import Pair
 from npnet.memory import format_bytes, measure_peak
 from npnet.network import NetworkWithCheckpointing
 from npnet.plots import figure, plot_accuracies, plot_bars
-from npnet.report import Table, describe_sizes
+from npnet.report import Row, Table, describe_sizes
 
-SMALL, DEEP, LONG = [784, 30, 30, 30, 30, 10], [784, *[30] * 6, 10], [784, *[30] * 50, 10]
 BATCH, ETA = 100, 3.0
+LONG = [784, *[30] * 50, 10]
+ACCURACY = [784, 30, 30, 30, 30, 10], (0, 1, 2, 4)  # sizes, and the intervals between checkpoints that are compared
+TIMES = ([784, 100, 10], (0, 1, 2, 4)), ([784, *[30] * 6, 10], (0, 1, 2, 4)), (LONG, (0, 1, 2, 4, 7, 10))
+MEMORY = ([784, *[30] * 5, 10], (0, 2, 4, 10)), (LONG, (0, 2, 4, 7, 10))
 
 
-def _network(sizes: Sequence[int], n: int, seed: int) -> NetworkWithCheckpointing:
-    """The network that the classic exercise builds after np.random.seed(seed)."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        return NetworkWithCheckpointing(sizes, n)
-    finally:
-        np.random.set_state(state)
+def report(train: Pair, test: Pair, quick: bool, seed: int) -> Iterator[Table]:
+    """The tables, one by one, as they are measured; ``quick`` takes a tenth of the data and a few rounds.
+
+    Interrupted by Ctrl-C, it first gives the rows that it has of the table under way.
+    """
+    if quick:
+        train, test = (train[0][:6000], train[1][:6000]), (test[0][:1000], test[1][:1000])
+    epochs, rounds, steps = (2, 5, 5) if quick else (5, 25, 20)
+    parts = (
+        (
+            Table(
+                "accuracy", f"Accuracy after each epoch, {describe_sizes(ACCURACY[0])}, seed {seed}", [], _draw_accuracy
+            ),
+            accuracy_rows(train, test, epochs, seed),
+        ),
+        (
+            Table(
+                "time",
+                f"Time of a training step, batch {BATCH}, medians of {rounds} interleaved rounds of {steps} steps",
+                [],
+                _draw_times,
+            ),
+            time_rows(train, rounds, steps, seed),
+        ),
+        (
+            Table(
+                "memory",
+                f"Traced peak of construction and training, batch {BATCH} (where checkpoints save nothing, the weights "
+                "and the first layer's gradient are the peak)",
+                [],
+                _draw_memory,
+            ),
+            memory_rows(train, seed),
+        ),
+    )
+    for table, rows in parts:
+        try:
+            for row in rows:
+                table.rows.append(row)
+        except KeyboardInterrupt:
+            if table.rows:
+                yield table
+            raise
+        yield table
 
 
-def _name(n: int) -> str:
-    return f"every {n}" if n else "plain"
-
-
-def accuracy_table(train: Pair, test: Pair, epochs: int, seed: int) -> Table:
-    """Accuracy after each epoch, plain and with a checkpoint every 1, 2, 4 layers."""
-    accuracies: dict[str, list[float]] = {}
-    for n in (0, 1, 2, 4):
-        network = _network(SMALL, n, seed)
-        accuracies[_name(n)] = own = []
-        for _ in range(epochs):
+def accuracy_rows(train: Pair, test: Pair, epochs: int, seed: int) -> Iterator[Row]:
+    """The accuracy of each network after each epoch, and whether they are all equal."""
+    sizes, intervals = ACCURACY
+    networks = [_network(sizes, n, seed) for n in intervals]
+    for epoch in range(epochs):
+        accuracies = []
+        for network in networks:
             network.SGD(train, 1, BATCH, ETA, log=False)
-            own.append(network.evaluate(test))
-    names = list(accuracies)
-    rows = [
-        {"epoch": i, **dict(zip(names, values, strict=True)), "equal": len(set(values)) == 1}
-        for i, values in enumerate(zip(*accuracies.values(), strict=True))
-    ]
-
-    def draw(path: Path) -> None:
-        drawing, (axes,) = figure(1)
-        plot_accuracies(accuracies, axes)
-        drawing.savefig(path, dpi=120)
-
-    return Table("accuracy", f"Accuracy after each epoch, {describe_sizes(SMALL)}, seed {seed}", rows, draw)
+            accuracies.append(network.evaluate(test))
+        names = (_name(n) for n in intervals)
+        yield {"epoch": epoch, **dict(zip(names, accuracies, strict=True)), "equal": len(set(accuracies)) == 1}
 
 
-def time_table(train: Pair, rounds: int, steps: int, seed: int) -> Table:
-    """Milliseconds a training step: medians over rounds in which all networks take turns; ratios round by round."""
-    rows = []
-    for sizes, intervals in (([784, 100, 10], (0, 1, 2, 4)), (DEEP, (0, 1, 2, 4)), (LONG, (0, 1, 2, 4, 7, 10))):
+def time_rows(train: Pair, rounds: int, steps: int, seed: int) -> Iterator[Row]:
+    """Milliseconds a training step: networks of one architecture take turns, ratios are taken round by round."""
+    for sizes, intervals in TIMES:
         networks = {n: _network(sizes, n, seed) for n in intervals}
         times: dict[int, list[float]] = {n: [] for n in intervals}
         for round_number in range(rounds + 1):
@@ -71,72 +95,71 @@ def time_table(train: Pair, rounds: int, steps: int, seed: int) -> Table:
                     times[n].append((time.perf_counter() - start) / steps)
         for n, seconds in times.items():
             ratios = [own / plain for own, plain in zip(seconds, times[0], strict=True)]
-            rows.append(
-                {
-                    "network": describe_sizes(sizes),
-                    "checkpoints": _name(n),
-                    "extra forwards": networks[n].schedule.extra_forwards,
-                    "ms a step": round(statistics.median(seconds) * 1e3, 3),
-                    "ratio": round(statistics.median(ratios), 3),
-                }
-            )
-    return Table(
-        "time",
-        f"Time of a training step, batch {BATCH}, medians of {rounds} interleaved rounds of {steps} steps",
-        rows,
-        _bars(rows, "ms a step", "ms"),
-    )
+            yield {
+                "network": describe_sizes(sizes),
+                "checkpoints": _name(n),
+                "extra forwards": networks[n].schedule.extra_forwards,
+                "ms a step": round(statistics.median(seconds) * 1e3, 3),
+                "ratio": round(statistics.median(ratios), 3),
+            }
 
 
-def memory_table(train: Pair, seed: int) -> Table:
-    """Traced peak of building a network and training it for three steps."""
-    rows = []
-    for sizes in ([784, *[30] * 5, 10], LONG):
+def memory_rows(train: Pair, seed: int) -> Iterator[Row]:
+    """Bytes at the peak of building a network and training it for three steps."""
+    few = train[0][: 3 * BATCH], train[1][: 3 * BATCH]
+
+    def build_and_train(sizes: Sequence[int], n: int) -> None:
+        _network(sizes, n, seed).SGD(few, 1, BATCH, ETA, log=False)
+
+    for sizes, intervals in MEMORY:
         plain = 0
-        for n in (0, 2, 4, 7, 10):
-
-            def build_and_train(sizes: Sequence[int] = sizes, n: int = n) -> None:
-                few = train[0][: 3 * BATCH], train[1][: 3 * BATCH]
-                _network(sizes, n, seed).SGD(few, 1, BATCH, ETA, log=False)
-
-            peak = measure_peak(build_and_train).increase_bytes
+        for n in intervals:
+            peak = measure_peak(build_and_train, sizes, n, backend="numpy").increase_bytes
             plain = plain or peak
-            rows.append(
-                {
-                    "network": describe_sizes(sizes),
-                    "checkpoints": _name(n),
-                    "peak bytes": peak,
-                    "saved bytes": plain - peak,
-                    "ratio": round(peak / plain, 3),
-                }
-            )
-    return Table(
-        "memory", f"Peak memory of construction and training, batch {BATCH}", rows, _bars(rows, "peak bytes", "B")
+            yield {
+                "network": describe_sizes(sizes),
+                "checkpoints": _name(n),
+                "peak bytes": peak,
+                "saved bytes": plain - peak,
+                "ratio": round(peak / plain, 3),
+            }
+
+
+def _network(sizes: Sequence[int], n: int, seed: int) -> NetworkWithCheckpointing:
+    """The network that the classic exercise builds after np.random.seed(seed)."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        return NetworkWithCheckpointing(sizes, n, backend="numpy")
+    finally:
+        np.random.set_state(state)
+
+
+def _name(n: int) -> str:
+    return f"every {n}" if n else "plain"
+
+
+def _draw_accuracy(rows: Sequence[Row], path: Path) -> None:
+    drawing, (axes,) = figure(1)
+    plot_accuracies({name: [row[name] for row in rows] for name in rows[0] if name not in ("epoch", "equal")}, axes)
+    drawing.savefig(path, dpi=120)
+
+
+def _draw_times(rows: Sequence[Row], path: Path) -> None:
+    _draw_bars(rows, path, lambda row: row["ms a step"], "ms a step", lambda value: f"{value:.3g}")
+
+
+def _draw_memory(rows: Sequence[Row], path: Path) -> None:
+    _draw_bars(
+        rows, path, lambda row: row["peak bytes"] / 1e6, "MB at the peak", lambda value: format_bytes(value * 1e6)
     )
 
 
-def _bars(rows: list[dict[str, Any]], column: str, unit: str) -> Callable[[Path], None]:
-    """Draws a group of bars per network."""
-
-    def draw(path: Path) -> None:
-        names = list(dict.fromkeys(row["network"] for row in rows))
-        drawing, all_axes = figure(len(names))
-        for name, axes in zip(names, all_axes, strict=True):
-            own = [row for row in rows if row["network"] == name]
-            scale, label = (1e6, "MB") if unit == "B" else (1, unit)
-            shown = [format_bytes(row[column]) if unit == "B" else f"{row[column]:.3g}" for row in own]
-            plot_bars(
-                {row["checkpoints"]: row[column] / scale for row in own}, axes, title=name, ylabel=label, labels=shown
-            )
-        drawing.savefig(path, dpi=120)
-
-    return draw
-
-
-def report(train: Pair, test: Pair, quick: bool, seed: int) -> Iterator[Table]:
-    """The tables, one by one, as they are measured; ``quick`` takes a tenth of the data and of the rounds."""
-    if quick:
-        train, test = (train[0][:6000], train[1][:6000]), (test[0][:1000], test[1][:1000])
-    yield accuracy_table(train, test, 2 if quick else 5, seed)
-    yield time_table(train, 5 if quick else 25, 5 if quick else 20, seed)
-    yield memory_table(train, seed)
+def _draw_bars(rows: Sequence[Row], path: Path, value: Any, label: str, text: Any) -> None:
+    """A group of bars for each network."""
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    drawing, all_axes = figure(len(names))
+    for name, axes in zip(names, all_axes, strict=True):
+        bars = {row["checkpoints"]: value(row) for row in rows if row["network"] == name}
+        plot_bars(bars, axes, title=name, ylabel=label, labels=[text(height) for height in bars.values()])
+    drawing.savefig(path, dpi=120)

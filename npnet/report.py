@@ -2,20 +2,23 @@
 
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+Row: TypeAlias = dict[str, Any]
+"""Column -> value."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the same keys. ``name`` is that of its files, ``draw(path)`` makes its picture (None: it has none)."""
+    """Rows with the same columns. ``name`` is that of its files; ``draw(rows, path)`` makes its picture, if any."""
 
     name: str
     title: str
-    rows: Sequence[Mapping[str, Any]]
-    draw: Callable[[Path], None] | None = None
+    rows: list[Row]
+    draw: Callable[[Sequence[Row], Path], None] | None = None
 
     def __str__(self) -> str:
         columns = list(self.rows[0])
@@ -31,7 +34,7 @@ class Table:
             writer.writeheader()
             writer.writerows(self.rows)
         if self.draw is not None:
-            self.draw(folder / f"{self.name}.png")
+            self.draw(self.rows, folder / f"{self.name}.png")
 
 
 def write_json(path: Path, content: Any) -> None:

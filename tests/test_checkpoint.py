@@ -56,6 +56,7 @@ class Watched(Layer):
 
     def backward_(self, dy, saved, needs_dx=True):
         self.watch.note(BACKWARD, self.number)
+        assert needs_dx == (self.number > 1)  # nobody asks for the gradient at x
         return self.layer.backward_(dy, saved, needs_dx)
 
 

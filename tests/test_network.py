@@ -177,25 +177,6 @@ def test_schedule_is_a_name_or_a_schedule_or_actions_or_a_function_of_the_depth(
     assert same(gradients(network), gradients(make()))
 
 
-@pytest.mark.parametrize(
-    ("schedule", "error", "message"),
-    [
-        ("best", ValueError, "unknown schedule 'best'; choose one of 'none', 'sqrt'"),
-        (every_nth(5, 2), ValueError, "for 5 layers, the network has 4"),
-        (list(every_nth(4, 2))[:-1], ValueError, "layer 1 has no backward pass"),
-        (7, TypeError, "schedule: expected a Schedule, a name or a list"),
-    ],
-)
-def test_schedule_that_does_not_fit_is_refused(schedule, error, message):
-    with pytest.raises(error, match=message):
-        make(schedule=schedule)
-
-
-def test_either_n_or_a_schedule():
-    with pytest.raises(ValueError, match="checkpoint_every_nth_layer or schedule, not both"):
-        NetworkWithCheckpointing(SIZES, 2, schedule="sqrt")
-
-
 class Watched(NetworkWithCheckpointing):
     """Notes each call of forward_between_checkpoints and can change what it gives."""
 
@@ -271,31 +252,3 @@ def test_float32_stays_float32_everywhere(options, cost_derivative):
 def test_float32_gradients_are_float64_gradients_rounded():
     for narrow, wide in zip(gradients(make(dtype=np.float32)), gradients(make()), strict=True):
         np.testing.assert_allclose(narrow, wide, rtol=1e-4, atol=1e-6)
-
-
-DIGITS = np.random.default_rng(0).integers(0, 9, (12, 4))
-LAYOUTS = {
-    "uint8": lambda a: a.astype(np.uint8),
-    "int": lambda a: a.astype(int),
-    "bool labels and float32": lambda a: a.astype(bool if a.max() == 1 else np.float32),
-    "lists": lambda a: a.tolist(),
-    "Fortran order": np.asfortranarray,
-    "every second of a larger array": lambda a: np.repeat(np.repeat(a, 2, 0), 2, 1)[::2, ::2],
-    "backwards": lambda a: a[::-1, ::-1].copy()[::-1, ::-1],
-    "read-only": lambda a: np.broadcast_to(a, a.shape),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("options", KINDS, ids=str)
-def test_data_of_any_kind_and_layout_give_the_same_network(layout, options):
-    x, y = layout(DIGITS), layout(Y)
-    network, expected = make(**options), make(**options)
-    before = copy.deepcopy((x, y))
-    network.SGD((x, y), 2, 5, 3.0, (x, y), log=False)
-    expected.SGD((DIGITS.astype(float), Y), 2, 5, 3.0, log=False)
-    for ours, theirs in zip(arrays_of(network), arrays_of(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-12 if ours.dtype == np.float64 else 1e-5)
-    np.testing.assert_allclose(network.feedforward(x), expected.feedforward(DIGITS), rtol=1e-5)
-    assert network.evaluate((x, y)) == expected.evaluate((DIGITS, Y))
-    assert same([*x, *y], [*before[0], *before[1]])  # the data stay as they were
