@@ -35,6 +35,10 @@ class Backend:
     array_type: type
     to_host: Callable[[Any], Array]
 
+    def __reduce__(self) -> tuple[Callable[[str], "Backend"], tuple[str]]:
+        """Copies and pickles of a backend are the backend itself: modules cannot be copied."""
+        return get_backend, (self.name,)
+
 
 def _load_numpy() -> Backend:
     return Backend("numpy", np, np.ndarray, np.asarray)

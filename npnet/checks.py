@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from npnet.backend import Array, Backend, array_module, backend_of
 
@@ -21,7 +22,10 @@ def check_whole(value: Any, name: str, least: int = 0) -> int:
     """
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected a whole number, at least {least}, got {value!r}")
-    number = int(value.__index__())
+    try:
+        number = int(value.__index__())
+    except TypeError:  # an array of several numbers has the method, too
+        raise TypeError(f"{name}: expected a whole number, at least {least}, got {value!r}") from None
     if number < least:
         raise ValueError(f"{name}: expected a whole number, at least {least}, got {number}")
     return number
@@ -39,9 +43,26 @@ def check_number(value: Any, name: str, least: float = 0.0, below: float = math.
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected {limit}, got {value!r}") from None
+    except OverflowError:  # an int beyond every float
+        number = math.inf
     if not (math.isfinite(number) and least <= number < below):
         raise ValueError(f"{name}: expected {limit}, got {value!r}")
     return number
+
+
+def check_float(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """``dtype`` as a NumPy dtype.
+
+    Raises:
+        TypeError: it is not a floating-point type.
+    """
+    try:
+        checked = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype: expected a floating-point type such as numpy.float32, got {dtype!r}") from None
+    if checked.kind != "f":
+        raise TypeError(f"dtype: expected a floating-point type such as numpy.float32, got {checked}")
+    return checked
 
 
 def check_sizes(sizes: Sequence[int]) -> list[int]:
@@ -84,9 +105,26 @@ def check_array(array: Any, backend: Backend, dtype: np.dtype[Any], name: str) -
     if array.dtype != dtype:
         if array.dtype.kind not in "fiub":
             raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
-        array = array.astype(dtype)
+        with np.errstate(over="ignore"):  # what becomes infinite is found where infinities are refused
+            array = array.astype(dtype)
     checked: Array = array
     return checked
+
+
+def check_list(values: Any, length: int, name: str) -> list[Any]:
+    """``values`` as a list.
+
+    Raises:
+        TypeError: they are no sequence.
+        ValueError: they are not ``length`` many.
+    """
+    try:
+        given = list(values)
+    except TypeError:
+        raise TypeError(f"{name}: expected a list of {length} arrays, got {type(values).__name__}") from None
+    if len(given) != length:
+        raise ValueError(f"{name}: expected a list of {length} arrays, got {len(given)}")
+    return given
 
 
 def check_rows(array: Array, features: int, name: str) -> None:

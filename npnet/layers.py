@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from npnet.activations import INITIALIZERS, Activation, as_activation
 from npnet.backend import Array, array_module, backend_of, ones, to_backend
-from npnet.checks import check_sizes
+from npnet.checks import check_float, check_sizes
 from npnet.initializers import Initializer, xavier_normal
 from npnet.layer import Layer, Parameter, Saved
 from npnet.random import RNG, as_generator
@@ -43,6 +43,7 @@ class Dense(Layer):
     ) -> None:
         self.activation = as_activation(activation)
         self.in_features, self.out_features = in_features, out_features = check_sizes([in_features, out_features])
+        dtype = check_float(dtype)
         if initializer is None:
             initializer = INITIALIZERS.get(type(self.activation), xavier_normal)
         weight = initializer((out_features, in_features), as_generator(rng))

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, SupportsIndex
 
 from npnet.backend import Array
+from npnet.checks import check_list
 from npnet.layer import Parameter
+from npnet.losses import check_finite
 
 
 class LentList(list[Array]):
@@ -27,6 +29,21 @@ class LentList(list[Array]):
                 raise TypeError("to replace several arrays, assign a whole list: network.weights = [...]")
             value = self.replace(range(len(self))[index], value)
         super().__setitem__(index, value)
+
+
+def _only_when_returned(name: str) -> Callable[..., Any]:
+    """A list's method, refused while the list stands for a network, which cannot have more layers or fewer."""
+
+    def method(self: LentList, *args: Any, **kwargs: Any) -> Any:
+        if self.replace is not None:
+            raise TypeError(f"{name}: a network's layers cannot be added, removed or moved; assign network.weights[l]")
+        return getattr(list, name)(self, *args, **kwargs)
+
+    return method
+
+
+for _name in ("append", "extend", "insert", "pop", "remove", "clear", "reverse", "sort", "__delitem__", "__imul__"):
+    setattr(LentList, _name, _only_when_returned(_name))
 
 
 class Lender:
@@ -51,7 +68,7 @@ class Lender:
         return self._lent
 
     def take_back(self) -> None:
-        """Before an update: the list lent, if any, is its holder's alone from now on."""
+        """After an update: the list lent, if any, is its holder's alone from now on."""
         if self._lent is not None:
             self._lent.replace = None
             self._lent = None
@@ -62,13 +79,31 @@ class Lender:
         Raises:
             TypeError, ValueError: its kind or shape does not fit.
         """
-        parameter, name = self.parameters[index], f"{self.name}[{index}]"
-        matrix, expected = self.convert(array, name), as_matrix(parameter.value).shape
-        if matrix.shape != expected:
-            raise ValueError(f"{name}: expected shape {expected}, got {matrix.shape}")
+        parameter = self.parameters[index]
+        matrix = self._fitting(index, array, self.name)
         parameter.value = matrix.reshape(parameter.value.shape)
         parameter.lent = True
         return matrix
+
+    def _fitting(self, index: int, array: Any, name: str) -> Array:
+        matrix, expected = self.convert(array, f"{name}[{index}]"), as_matrix(self.parameters[index].value).shape
+        if matrix.shape != expected:
+            raise ValueError(f"{name}[{index}]: expected shape {expected}, got {matrix.shape}")
+        return matrix
+
+    def descended(self, gradients: Any, rate: float) -> list[Array]:
+        """New arrays, w - rate * g for each parameter w and its gradient g.
+
+        Raises:
+            TypeError, ValueError: the number of gradients, or the kind or shape of one, does not fit.
+            TrainingDiverged: a gradient is not finite.
+        """
+        name, stepped = f"the gradient of {self.name}", []
+        for index, gradient in enumerate(check_list(gradients, len(self.parameters), name)):
+            matrix = self._fitting(index, gradient, name)
+            check_finite(matrix.sum())
+            stepped.append(as_matrix(self.parameters[index].value) - matrix * rate)
+        return stepped
 
     def replace_all(self, arrays: Iterable[Any]) -> None:
         """Put every array in its place, or none if one does not fit.
@@ -76,9 +111,7 @@ class Lender:
         Raises:
             TypeError, ValueError: their number, or the kind or shape of one, does not fit.
         """
-        arrays = list(arrays)
-        if len(arrays) != len(self.parameters):
-            raise ValueError(f"{self.name}: expected {len(self.parameters)} arrays, one a layer, got {len(arrays)}")
+        arrays = check_list(arrays, len(self.parameters), self.name)
         before = [(parameter.value, parameter.lent) for parameter in self.parameters]
         try:
             for index, array in enumerate(arrays):

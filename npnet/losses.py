@@ -25,8 +25,8 @@ def check_finite(loss: Array | float) -> float:
     value = float(loss)
     if not math.isfinite(value):
         raise TrainingDiverged(
-            f"the loss is {value}, training has diverged and the weights are left as they were before this step; "
-            "try a lower learning rate, or look for extreme values in the data"
+            f"the loss, or its gradient, is {value}: training has diverged, and the weights are left as they were "
+            "before this step; try a lower learning rate, or look for extreme values in the data"
         )
     return value
 

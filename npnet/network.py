@@ -6,6 +6,7 @@ A thin face over the engine. The names, signatures and conventions are those of 
 `Network.backprop` and whatever it calls.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from npnet.backend import Array, array_module, get_backend, to_backend
 from npnet.checkpoint import Restore, backpropagate
 from npnet.checks import (
     check_array,
+    check_float,
+    check_list,
     check_no_nan,
     check_number,
     check_one_hot,
@@ -55,7 +58,7 @@ class Network:
         rng: RNG = None,
         backend: str | None = None,
     ) -> None:
-        self.dtype = np.dtype(dtype)
+        self.dtype = check_float(dtype)
         self.backend = get_backend(backend)
         draw = np.random.standard_normal if rng is None else as_generator(rng).standard_normal
         self.sizes = check_sizes(sizes)
@@ -71,6 +74,10 @@ class Network:
         self._biases = Lender("biases", [layer.bias for layer in self.layers], self._array)
         self._schedule = schedules.none(len(self.layers))
         self._restore: Restore | None = None
+
+    def __copy__(self) -> "Network":
+        """A copy that trains alone, as a copy of the exercise's network does."""
+        return copy.deepcopy(self)
 
     @property
     def weights(self) -> list[Array]:
@@ -132,9 +139,9 @@ class Network:
         Returns:
             (nabla_b, nabla_w): lists in the shapes of `biases` and `weights`.
         """
-        x = self._rows(x.T, self.sizes[0], "x.T (backprop takes columns)")
-        y = self._rows(y.T, self.sizes[-1], "y.T (backprop takes columns)")
-        check_pairs(x, y, "in backprop, transposed, ")
+        x = self._rows(self._array(x, "x").T, self.sizes[0], "x.T (backprop takes columns)")
+        y = self._rows(self._array(y, "y").T, self.sizes[-1], "y.T (backprop takes columns)")
+        check_pairs(x, y, "backprop, transposed: ")
         self._run(x, y, 1.0, None)
         nabla_b, nabla_w = [], []
         for layer in self.layers:
@@ -159,19 +166,21 @@ class Network:
         x, y = self._pairs(mini_batch, "mini_batch: ")
         rate = check_number(eta, "eta") / len(x)
         if getattr(self.backprop, "__func__", None) is Network.backprop:
-            self._weights.take_back()
-            self._biases.take_back()
-            self._run(x, y, rate, _descend)
+            try:
+                self._run(x, y, rate, _descend)
+            finally:  # after the step, in which overridden methods may have asked for the lists, too
+                self._weights.take_back()
+                self._biases.take_back()
             return
-        nabla_b, nabla_w = self.backprop(x.T, y.T)
-        self.weights = [w - rate * nabla for w, nabla in zip(self.weights, nabla_w, strict=True)]
-        self.biases = [b - rate * nabla for b, nabla in zip(self.biases, nabla_b, strict=True)]
+        nabla_b, nabla_w = check_list(self.backprop(x.T, y.T), 2, "backprop")
+        biases, weights = self._biases.descended(nabla_b, rate), self._weights.descended(nabla_w, rate)
+        self.biases, self.weights = biases, weights
 
     def _run(self, x: Array, y: Array, factor: float, after_backward: Callable[[Layer], None] | None) -> None:
         """Backpropagate ``factor`` times the cost derivative."""
 
         def output_gradient(output: Array) -> Array:
-            derivative = self.cost_derivative(output.T, y.T).T
+            derivative = self._array(self.cost_derivative(output.T, y.T), "cost_derivative").T
             if derivative.shape != output.shape:
                 raise ValueError(f"cost_derivative: expected shape {output.T.shape}, got {derivative.T.shape}")
             flat = derivative.ravel()
@@ -308,14 +317,15 @@ class NetworkWithCheckpointing(Network):
         return activations
 
     def _restore_through_lab(self, a: Array, first: int, last: int) -> list[Array]:
-        activations = list(self.forward_between_checkpoints(a.T, first - 1, last))
-        shapes = [(size, len(a)) for size in self.sizes[first - 1 : last + 1]]
-        if [activation.shape for activation in activations] != shapes:
-            raise ValueError(
-                f"forward_between_checkpoints({first - 1}, {last}): expected activations of shapes {shapes}, got "
-                f"{[activation.shape for activation in activations]}"
-            )
-        return [activation.T for activation in activations[1:]]
+        name, sizes = f"forward_between_checkpoints(a, {first - 1}, {last})", self.sizes[first - 1 : last + 1]
+        restored = check_list(self.forward_between_checkpoints(a.T, first - 1, last), len(sizes), name)
+        rows = []
+        for activation, size in zip(restored[1:], sizes[1:], strict=True):
+            activation = self._array(activation, name)
+            if activation.shape != (size, len(a)):
+                raise ValueError(f"{name}: expected an activation of shape {size, len(a)}, got {activation.shape}")
+            rows.append(activation.T)
+        return rows
 
 
 def _taken(parameter: Parameter) -> Array:

@@ -81,15 +81,19 @@ class Schedule(tuple[Action, ...]):
 
     depth: int
     name: str
+    needs_saved: frozenset[int]
     steps: tuple[Step, ...]
 
     def __new__(
         cls, actions: Iterable[tuple[Kind, int]], depth: int, name: str = "custom", needs_saved: Iterable[int] = ()
     ) -> "Schedule":
         self = super().__new__(cls, (Action(*action) for action in actions))
-        self.depth, self.name = depth, name
-        self.steps = self._compile(frozenset(needs_saved))
+        self.depth, self.name, self.needs_saved = depth, name, frozenset(needs_saved)
+        self.steps = self._compile(self.needs_saved)
         return self
+
+    def __getnewargs__(self) -> tuple[tuple[Action, ...], int, str, frozenset[int]]:
+        return tuple(self), self.depth, self.name, self.needs_saved
 
     def __str__(self) -> str:
         return ", ".join(map(str, self))
