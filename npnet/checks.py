@@ -40,7 +40,7 @@ def check_number(value: Any, name: str, least: float = 0.0, below: float = math.
     """
     limit = f"a finite number, at least {least:g}" + (f" and below {below:g}" if below < math.inf else "")
     try:
-        number = float(value)
+        number = float(value if not isinstance(value, str) else "")
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected {limit}, got {value!r}") from None
     except OverflowError:  # an int beyond every float

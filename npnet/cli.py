@@ -98,6 +98,19 @@ def whole(name: str, least: int) -> Callable[[str], int]:
     return lambda text: check_whole(int(text) if text.lstrip("-").isdigit() else text, name, least)
 
 
+def number(name: str) -> Callable[[str], float]:
+    """Parses a finite number, at least 0."""
+
+    def parse(text: str) -> float:
+        try:
+            value: Any = float(text)
+        except ValueError:
+            value = text
+        return check_number(value, name)
+
+    return parse
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = argparse.ArgumentParser(
@@ -119,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--activation", choices=ACTIVATIONS, help="of the hidden layers")
     train.add_argument("--loss", choices=LOSSES)
     train.add_argument("--optimizer", choices=OPTIMIZERS)
-    train.add_argument("--learning-rate", "--eta", type=_type(lambda text: check_number(text, "the learning rate")))
+    train.add_argument("--learning-rate", "--eta", type=_type(number("the learning rate")))
     train.add_argument("--decay", choices=["none", "linear"], help="linear: the learning rate falls to zero")
     train.add_argument("--epochs", type=_type(whole("epochs", 1)))
     train.add_argument("--batch-size", type=_type(whole("batch size", 1)))

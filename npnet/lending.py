@@ -23,6 +23,9 @@ class LentList(list[Array]):
         super().__init__(arrays)
         self.replace: Callable[[int, Any], Array] | None = replace  # None: taken back, an ordinary list from then on
 
+    def __reduce__(self) -> tuple[type, tuple[list[Array]]]:
+        return list, (list(self),)  # a copy is an ordinary list
+
     def __setitem__(self, index: Any, value: Any) -> None:
         if self.replace is not None:
             if not isinstance(index, SupportsIndex):
@@ -36,7 +39,9 @@ def _only_when_returned(name: str) -> Callable[..., Any]:
 
     def method(self: LentList, *args: Any, **kwargs: Any) -> Any:
         if self.replace is not None:
-            raise TypeError(f"{name}: a network's layers cannot be added, removed or moved; assign network.weights[l]")
+            raise TypeError(
+                f"{name}: a network's layers stay as they are; replace the whole list: network.weights = [...]"
+            )
         return getattr(list, name)(self, *args, **kwargs)
 
     return method
@@ -58,6 +63,9 @@ class Lender:
     def __init__(self, name: str, parameters: Sequence[Parameter], convert: Callable[[Any, str], Array]) -> None:
         self.name, self.parameters, self.convert = name, parameters, convert
         self._lent: LentList | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lent": None}  # the list handed out belongs to this network, not to its copy
 
     def lend(self) -> LentList:
         """The arrays themselves; the same list until `take_back`."""

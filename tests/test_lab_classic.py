@@ -71,7 +71,7 @@ def notebook_cells(module, train, test, architecture, epochs):
 
 @pytest.fixture(scope="module")
 def few(mnist):
-    return tuple((x[:rows], y[:rows]) for (x, y), rows in zip(mnist, (1000, 500), strict=True))
+    return tuple((x[:rows], y[:rows]) for (x, y), rows in zip(mnist, (1000, 1500), strict=True))
 
 
 WHOLE = pytest.param("mnist", ARCHITECTURES[-1], 5, marks=pytest.mark.slow)
@@ -155,7 +155,9 @@ def test_methods_give_the_classic_numbers(classic, sizes, batch, nth):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_have_the_classic_parameters_and_defaults(classic, name):
-    ours, theirs = (inspect.getfullargspec(inspect.unwrap(getattr(module.Network, name))) for module in (npnet, classic))
+    ours, theirs = (
+        inspect.getfullargspec(inspect.unwrap(getattr(module.Network, name))) for module in (npnet, classic)
+    )
     assert ours[:4] == theirs[:4]
 
 

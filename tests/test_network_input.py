@@ -1,20 +1,13 @@
-"""What goes into a network: data of every kind, bad input with a message that helps, and training that diverges."""
+"""What goes into a network: data of every kind and layout; bad input with a message that helps, and nothing changed."""
 
 import copy
-import re
-from pathlib import Path
-from traceback import extract_tb
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-import npnet
-from npnet import Network, NetworkWithCheckpointing, TrainingDiverged
+from npnet import Network, NetworkWithCheckpointing
 from npnet.schedules import every_nth
-from tests.test_network import KINDS, SIZES, UPDATES, Watched, X, Y, arrays_of, copies, make, same
+from tests.test_network import KINDS, SIZES, X, Y, arrays_of, copies, make, same
 
 NAN, INF = float("nan"), float("inf")
 NO_NUMBERS = [-1, 1.5, True, "2", None, [2], 2j]
@@ -27,12 +20,18 @@ ACCEPT = {
 }
 
 
+def state(network):
+    """The parameters as the network shows them, and the output as it computes with them."""
+    return [*copies(arrays_of(network)), network.feedforward(np.ones((1, network.sizes[0])))]
+
+
 def refused(network, call, error, message):
     """``call(network)`` raises the error with npnet's message, and changes nothing."""
-    before = copies(arrays_of(network))
+    before = state(network)
     with pytest.raises(error, match=message):
         call(network)
-    assert same(arrays_of(network), before)
+    for now, then in zip(state(network), before, strict=True):
+        assert np.array_equal(now, then, equal_nan=True)
 
 
 DIGITS = np.random.default_rng(0).integers(0, 9, (12, 4))
@@ -100,18 +99,18 @@ def test_bad_options(message, options):
         make(**options)
 
 
-W, B = make().weights, make().biases
+W, B = make(rng=2).weights, make(rng=2).biases
 BAD_PARAMETERS = [
-    ("weights", W[:-1], ValueError, "weights: expected 4 arrays, one a layer, got 3"),
-    ("biases", [], ValueError, "biases: expected 4 arrays, one a layer, got 0"),
+    ("weights", W[:-1], ValueError, "weights: expected a list of 4 arrays, got 3"),
+    ("biases", [], ValueError, "biases: expected a list of 4 arrays, got 0"),
     ("weights", [*W[:-1], W[-1].T], ValueError, r"weights\[3\]: expected shape \(3, 5\), got \(5, 3\)"),
     ("biases", [*B[:-1], B[-1].ravel()], ValueError, r"biases\[3\]: expected shape \(3, 1\), got \(3,\)"),
     ("weights", [*W[:-1], "w"], TypeError, r"weights\[3\]: expected real numbers"),
     ("weights", [*W[:-1], W[-1] * 1j], TypeError, r"weights\[3\]: expected real numbers"),
     ("biases", [*B[:-1], None], TypeError, r"biases\[3\]: expected real numbers"),
     ("biases", [*B[:-1], RAGGED], TypeError, r"biases\[3\]: expected an array of numbers, got a ragged list"),
-    ("weights", None, TypeError, "weights: expected"),
-    ("weights", 5, TypeError, "weights: expected"),
+    ("weights", None, TypeError, "weights: expected a list of 4 arrays, got NoneType"),
+    ("biases", 5, TypeError, "biases: expected a list of 4 arrays, got int"),
 ]
 
 
@@ -123,7 +122,8 @@ def test_parameters_that_do_not_fit_change_nothing(name, value, error, message):
 
 
 @pytest.mark.parametrize(
-    "change", ["append(1)", "pop()", "clear()", "reverse()", "extend([1])", "__setitem__(slice(1), [1])"]
+    "change",
+    ["append(1)", "pop()", "clear()", "reverse()", "extend([1])", "__iadd__([1])", "__setitem__(slice(1), [1])"],
 )
 def test_changing_the_list_as_the_network_cannot_follow_is_refused(change):
     refused(make(), lambda network: eval(f"network.weights.{change}", {"network": network}), TypeError, "whole list")
@@ -209,108 +209,10 @@ BAD_COLUMNS = [
     (X.T, Y, r"y\.T \(backprop takes columns\): expected rows of shape \(samples, 3\), got \(3, 12\)"),
     (X.T, Y.T[:, :5], "x and y must have a row per sample each, got 12 and 5 rows"),
     (X.T * 1j, Y.T, "expected real numbers, got dtype complex128"),
-    (X.T.tolist(), Y.T, "expected"),
+    (X.tolist(), Y.T, "expected"),
 ]
 
 
 @pytest.mark.parametrize(("x", "y", "message"), BAD_COLUMNS)
 def test_bad_columns_of_backprop(x, y, message):
     refused(make(), lambda network: network.backprop(x, y), (TypeError, ValueError), message)
-
-
-@pytest.mark.parametrize("answer", [lambda d: d.T, lambda d: d[:1], lambda d: d.sum(), lambda d: None])
-def test_cost_derivative_of_another_shape_is_refused(answer):
-    network = make()
-    network.cost_derivative = lambda a, y: answer(a - y)
-    refused(network, UPDATES["SGD"], (TypeError, ValueError), r"cost_derivative: expected shape \(3, 4\)")
-
-
-@pytest.mark.parametrize("answer", [lambda a: a[1:], lambda a: [b.T for b in a], lambda a: [*a, a[0]], lambda a: None])
-def test_forward_between_checkpoints_of_other_shapes_is_refused(answer):
-    message = r"forward_between_checkpoints\(0, 1\): expected activations of shapes \[\(4, 12\), \(5, 12\)\], got"
-    refused(Watched(SIZES, 2, answer), lambda network: network.backprop(X.T, Y.T), (TypeError, ValueError), message)
-
-
-@pytest.mark.parametrize("value", [INF, NAN, 1e300])
-@pytest.mark.parametrize("options", KINDS, ids=str)
-def test_divergence_names_epoch_and_step_and_leaves_the_weights_of_the_step_before(options, value):
-    network, expected, steps = make(**options), make(**options), []
-    network.cost_derivative = lambda a, y: (a - y) * (value if len(steps) == 5 else 1, steps.append(0))[0]
-    expected.SGD((X, Y), 1, 4, 3.0, log=False)
-    expected.SGD((X[:8], Y[:8]), 1, 4, 3.0, log=False)
-    with (
-        np.errstate(over="ignore"),
-        pytest.raises(TrainingDiverged, match=r"^epoch 1, step 2, eta 3\.0: .*lower learning rate"),
-    ):
-        network.SGD((X, Y), 9, 4, 3.0, log=False)
-    assert len(steps) == 6
-    assert same(arrays_of(network), arrays_of(expected))
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")
-def test_overflow_forward_is_divergence_and_leaves_the_weights():
-    network = make([2, 2, 3])
-    network.weights[0] = np.array([[1e200, -1e200], [-1e200, 1e200]])
-    x = np.full((12, 2), 1e200)  # inf - inf
-    refused(network, lambda network: network.SGD((x, Y), 1, 4, 3.0), TrainingDiverged, "epoch 0, step 0")
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")
-def test_overflow_backward_is_divergence_and_leaves_the_weights():
-    network = make([2, 2, 2, 1])
-    saddle = 1e200 * np.array([[1, -1], [-1, 1]])
-    network.weights = [np.zeros((2, 2)), saddle, saddle[:1]]  # from a = 0.5 everywhere: z = 0, and dx = inf
-    network.biases = [0 * bias for bias in network.biases]
-    refused(network, lambda network: network.SGD((X[:, :2], Y[:, :1]), 1, 4, 3.0), TrainingDiverged, "epoch 0, step 0")
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (lambda b, w: (b, [NAN * nabla for nabla in w]), TrainingDiverged, "epoch 0, step 0"),
-        (lambda b, w: ([nabla.T for nabla in b], w), ValueError, "expected shape"),
-    ],
-)
-def test_backprop_of_a_subclass_that_goes_wrong_changes_nothing(change, error, message):
-    network = make()
-    network.backprop = lambda x, y: change(*Network.backprop(network, x, y))
-    refused(network, UPDATES["SGD"], error, message)
-
-
-JUNK = st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.integers(-3, 5) | st.complex_numbers()
-ELSE = st.recursive(JUNK, lambda inner: st.lists(inner, max_size=5), max_leaves=12)
-DTYPES = st.sampled_from(["f8", "f8", "f4", "f2", "i8", "u1", "?", "c16", "U3", "M8[s]", "m8[s]"])
-SHAPES = st.sampled_from([(1, 4), (1, 3), (5, 4), (5, 3)]) | hnp.array_shapes(
-    min_dims=0, max_dims=3, min_side=0, max_side=6
-)
-ARRAYS = hnp.arrays(DTYPES, SHAPES) | hnp.arrays(DTYPES, SHAPES).map(lambda array: array.tolist()) | ELSE
-
-
-def assert_said_by_npnet(error):
-    """The message is one of npnet's checks, not NumPy's complaint about operands."""
-    assert Path(extract_tb(error.__traceback__)[-1].filename).parent == Path(npnet.__file__).parent, repr(error)
-    assert re.search("expected|must have|diverged", str(error)), repr(error)
-    assert not re.search("broadcast|aligned|operand|output array|casting", str(error)), repr(error)
-
-
-@given(ELSE)
-def test_whatever_sizes_get_a_network_or_an_explanation(sizes):
-    try:
-        Network(sizes)
-    except (TypeError, ValueError) as error:
-        assert_said_by_npnet(error)
-
-
-@given(st.sampled_from(["feedforward", "backprop", *ACCEPT]), ARRAYS, ARRAYS, st.sampled_from(KINDS))
-def test_whatever_batches_get_an_answer_or_an_explanation(place, x, y, options):
-    network = make(**options)
-    try:
-        with np.errstate(all="ignore"):
-            if place in ACCEPT:
-                ACCEPT[place](network, (x, y))
-            elif place == "feedforward":
-                network.feedforward(x)
-            else:
-                network.backprop(np.transpose(x) if isinstance(x, np.ndarray) else X.T, np.asarray(y).T)
-    except (TypeError, ValueError, TrainingDiverged) as error:
-        assert_said_by_npnet(error)
