@@ -60,6 +60,8 @@ class Dense(Layer):
     def forward(self, x: Array) -> tuple[Array, Saved]:
         xp, weight = array_module(x), self.weight.value
         try:
+            if x.dtype != weight.dtype:
+                raise TypeError
             y = xp.empty((x.shape[0], self.out_features), weight.dtype)  # (batch, out)
             xp.dot(x, weight.T, out=y)
         except (IndexError, TypeError, ValueError):

@@ -109,7 +109,7 @@ class Lender:
         name, stepped = f"the gradient of {self.name}", []
         for index, gradient in enumerate(check_list(gradients, len(self.parameters), name)):
             matrix = self._fitting(index, gradient, name)
-            check_finite(matrix.sum())
+            check_finite(matrix.sum(), f"a sum over {name}[{index}]")
             stepped.append(as_matrix(self.parameters[index].value) - matrix * rate)
         return stepped
 

@@ -16,19 +16,19 @@ class TrainingDiverged(ArithmeticError):
     """The loss is no longer a finite number. Raised before the backward pass, so that step changed nothing."""
 
 
-def check_finite(loss: Array | float) -> float:
-    """``loss`` as a float; on a GPU this waits for the device.
+def check_finite(value: Array | float, what: str = "the loss") -> float:
+    """``value`` as a float; on a GPU this waits for the device.
 
     Raises:
         TrainingDiverged: it is infinite or not a number.
     """
-    value = float(loss)
-    if not math.isfinite(value):
+    number = float(value)
+    if not math.isfinite(number):
         raise TrainingDiverged(
-            f"the loss, or its gradient, is {value}: training has diverged, and the weights are left as they were "
-            "before this step; try a lower learning rate, or look for extreme values in the data"
+            f"{what} is {number}, training has diverged and the weights are left as they were before this step; "
+            "try a lower learning rate, or look for extreme values in the data"
         )
-    return value
+    return number
 
 
 ACCURACY_ROWS = 1000  # rows that run at a time, so that a large test set does not set the peak
@@ -135,7 +135,8 @@ class SoftmaxCrossEntropy(Loss):
     def check_targets(self, targets: Array, features: int) -> None:
         super().check_targets(targets, features)
         xp = array_module(targets)
-        if float(targets.min()) < 0 or float(xp.abs(targets.sum(axis=1) - 1).max()) > 1e-3:
+        far = float(xp.abs(targets.sum(axis=1) - 1).max())
+        if not (float(targets.min()) >= 0 and far <= 1e-3):  # written so that NaN is refused, too
             raise ValueError(
                 "targets: softmax cross-entropy needs rows of probabilities (each >= 0, together 1), one-hot for "
                 "class labels: npnet.one_hot(labels, classes)"

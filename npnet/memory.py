@@ -152,9 +152,17 @@ def _run_measured(sender: Any, task: bytes) -> None:
         baseline = int(psutil.Process().memory_info().rss)
         result = function(*args, **kwargs)
         peak = max(_rss_high_water(), baseline)
-        sender.send(pickle.dumps((result, baseline, peak)))
+        try:
+            outcome: Any = pickle.dumps((result, baseline, peak))
+        except Exception as error:
+            outcome = TypeError(f"measure_rss_peak: the result cannot be sent back ({error})")
     except BaseException as error:
-        sender.send(error)
+        outcome = error
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # an exception with an __init__ of its own
+            outcome = RuntimeError(f"measure_rss_peak: {type(error).__name__}: {error}")
+    sender.send(outcome)
 
 
 def _rss_high_water() -> int:
@@ -181,6 +189,6 @@ def format_bytes(count: float) -> str:
     '1.23 MB'
     """
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
+        if abs(count) >= 0.9995 * size:  # where three digits round up to it
             return f"{count / size:#.3g}".rstrip(".") + f" {unit}"
     return f"{count:.0f} B"

@@ -88,6 +88,7 @@ class Schedule(tuple[Action, ...]):
         cls, actions: Iterable[tuple[Kind, int]], depth: int, name: str = "custom", needs_saved: Iterable[int] = ()
     ) -> "Schedule":
         self = super().__new__(cls, (Action(*action) for action in actions))
+        depth = check_whole(depth, "depth", least=1)
         self.depth, self.name, self.needs_saved = depth, name, frozenset(needs_saved)
         self.steps = self._compile(self.needs_saved)
         return self
@@ -224,7 +225,7 @@ def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
         TypeError: ``n`` is not a whole number.
         ValueError: ``n`` is negative.
     """
-    n = check_whole(n, "checkpoint_every_nth_layer")
+    depth, n = check_whole(depth, "depth", least=1), check_whole(n, "checkpoint_every_nth_layer")
     needs_saved = frozenset(needs_saved)
     segment = n if n > 1 else depth
     starts = range(0, depth, segment)
@@ -255,7 +256,8 @@ def sqrt(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
     >>> sqrt(50).name
     'every 7'
     """
-    return every_nth(depth, max(1, round(math.sqrt(depth))), needs_saved)
+    depth = check_whole(depth, "depth", least=1)
+    return every_nth(depth, round(math.sqrt(depth)), needs_saved)
 
 
 MAKERS: dict[str, Callable[[int], Schedule]] = {"none": none, "sqrt": sqrt}

@@ -9,7 +9,7 @@ from typing import Any
 
 from npnet.backend import Array
 from npnet.checkpoint import backpropagate
-from npnet.checks import check_no_nan, check_pairs, check_whole
+from npnet.checks import check_no_nan, check_one_hot, check_pairs, check_whole
 from npnet.datasets import batches
 from npnet.layer import Pair
 from npnet.layers import Sequential
@@ -122,6 +122,8 @@ def fit(
     for name, pair in (("training data", training_data), ("test data", test_data)):
         if pair is not None:
             _check_data(model, loss, name, *pair)
+    if test_data is not None:
+        check_one_hot(test_data[1], "test data: y")
     x, y = training_data
     if batch_size > len(x):
         raise ValueError(f"batch_size: {batch_size} is more than the {len(x)} training samples")
