@@ -18,7 +18,7 @@ Restore = Callable[[Array, int, int], Sequence[Array]]
 """restore(a, first, last): the outputs of layers first, ..., last, recomputed from the input ``a`` of the first."""
 
 
-@np.errstate(over="ignore")  # e^-z may overflow to infinity, and 1 / infinity is the sigmoid's right value
+@np.errstate(over="ignore", invalid="ignore")  # the sigmoid overflows rightly; NaN is found in the loss
 def backpropagate(
     layers: Sequence[Layer],
     schedule: Schedule,

@@ -49,9 +49,10 @@ def parse_arch(text: str) -> tuple[int, ...]:
     """
     sizes: list[int] = []
     for part in text.split(","):
-        size, _, count = part.partition("x")
+        size, times, count = part.partition("x")
         try:
-            sizes += [int(size)] * (int(count) if count else 1)
+            repeats = int(count) if times else 1
+            sizes += [int(size)] * check_whole(repeats, part, least=1)
         except ValueError:
             raise ValueError(f"{text!r}: expected sizes such as 784,30x4,10, but {part!r} is none") from None
     return tuple(check_sizes(sizes))
@@ -95,20 +96,20 @@ def _type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def whole(name: str, least: int) -> Callable[[str], int]:
     """Parses a whole number, at least ``least``."""
-    return lambda text: check_whole(int(text) if text.lstrip("-").isdigit() else text, name, least)
+    return lambda text: check_whole(_converted(int, text), name, least)
 
 
 def number(name: str) -> Callable[[str], float]:
     """Parses a finite number, at least 0."""
+    return lambda text: check_number(_converted(float, text), name)
 
-    def parse(text: str) -> float:
-        try:
-            value: Any = float(text)
-        except ValueError:
-            value = text
-        return check_number(value, name)
 
-    return parse
+def _converted(kind: Callable[[str], Any], text: str) -> Any:
+    """The number that ``text`` is, or the text, for the check to refuse."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def build_parser() -> argparse.ArgumentParser:

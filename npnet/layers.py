@@ -136,7 +136,7 @@ class Sequential(Layer):
             dy = layer.backward(dy, kept)
         return dy
 
-    @np.errstate(over="ignore")
+    @np.errstate(over="ignore", invalid="ignore")
     def predict(self, x: Array) -> Array:
         """The output alone: nothing is saved, two activations are alive at a time."""
         for layer in self.layers:

@@ -10,6 +10,8 @@ So the network lends its own arrays, and an update of a lent parameter writes to
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, SupportsIndex
 
+import numpy as np
+
 from npnet.backend import Array
 from npnet.checks import check_list
 from npnet.layer import Parameter
@@ -47,7 +49,19 @@ def _only_when_returned(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("append", "extend", "insert", "pop", "remove", "clear", "reverse", "sort", "__delitem__", "__imul__"):
+for _name in (
+    "append",
+    "extend",
+    "insert",
+    "pop",
+    "remove",
+    "clear",
+    "reverse",
+    "sort",
+    "__delitem__",
+    "__iadd__",
+    "__imul__",
+):
     setattr(LentList, _name, _only_when_returned(_name))
 
 
@@ -99,6 +113,7 @@ class Lender:
             raise ValueError(f"{name}[{index}]: expected shape {expected}, got {matrix.shape}")
         return matrix
 
+    @np.errstate(over="ignore", invalid="ignore")
     def descended(self, gradients: Any, rate: float) -> list[Array]:
         """New arrays, w - rate * g for each parameter w and its gradient g.
 

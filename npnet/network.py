@@ -97,7 +97,7 @@ class Network:
     def biases(self, arrays: Iterable[Array]) -> None:
         self._biases.replace_all(arrays)
 
-    @np.errstate(over="ignore")
+    @np.errstate(over="ignore", invalid="ignore")
     def feedforward(self, a: Array) -> Array:
         """The network's output.
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from npnet.checkpoint import backpropagate
 from npnet.layer import Layer
 from npnet.layers import Dense, Sequential
-from npnet.schedules import BACKWARD, DROP, FORWARD, Schedule, every_nth, none, sqrt
+from npnet.schedules import BACKWARD, DROP, FORWARD, Schedule, every_nth, none
 from tests.test_schedules import valid_actions
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in dot:RuntimeWarning")  # see test_layers
 
 
 class Swish(Layer):
@@ -23,8 +25,7 @@ class Swish(Layer):
         return x * gate, (x, gate)
 
     def backward(self, dy, saved):
-        x, gate = saved
-        return dy * (gate + x * gate * (1 - gate))
+        return dy * (saved[1] + saved[0] * saved[1] * (1 - saved[1]))
 
 
 class Noise(Layer):
@@ -56,7 +57,7 @@ class Watched(Layer):
 
     def backward_(self, dy, saved, needs_dx=True):
         self.watch.note(BACKWARD, self.number)
-        assert needs_dx == (self.number > 1)  # nobody asks for the gradient at x
+        assert needs_dx == (self.number > 1)
         return self.layer.backward_(dy, saved, needs_dx)
 
 
@@ -136,8 +137,8 @@ def test_every_nth_gives_the_gradients_of_plain_backpropagation_bit_for_bit(dept
     layers, x = chain(depth, dtype), batch_of(batch, dtype)
     before, expected = x.copy(), plain(layers, x)
     assert all(gradient.any() and gradient.dtype == dtype for gradient in expected)
-    for schedule in (none(depth), sqrt(depth), *(every_nth(depth, n) for n in range(16))):
-        assert equal(gradients(layers, schedule, x), expected)
+    for n in range(16):
+        assert equal(gradients(layers, every_nth(depth, n), x), expected)
     assert np.array_equal(x, before)
 
 
@@ -245,5 +246,4 @@ def test_control_noise_from_no_seed_makes_the_gradients_differ_so_the_comparison
     for schedule in (none(6), none(6), every_nth(6, 3)):
         Noise.random = np.random.default_rng(0)
         results.append(gradients(layers, schedule, x))
-    assert equal(results[0], results[1])
-    assert not equal(results[0], results[2])
+    assert [equal(result, results[0]) for result in results] == [True, True, False]

@@ -100,7 +100,7 @@ def test_gradients_of_chains_of_one_activation_are_pytorchs(loss, activation, si
     n=st.integers(0, 9),
     seed=st.integers(0, 2**32),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_gradients_of_mixed_chains_are_pytorchs(loss, sizes, activations, batch, n, seed):
     check_gradients(sizes, activations, loss, batch, n, seed)
 
