@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from npnet.backend import Array
+from npnet.backend import Array, backend_of
 from npnet.checkpoint import backpropagate
 from npnet.checks import check_no_nan, check_one_hot, check_pairs, check_whole
 from npnet.datasets import batches
@@ -191,15 +191,20 @@ def step_costs(
     """Measure training steps on copies of the model: the median time of ``rounds`` interleaved steps, untraced, and
     the traced peak of building the copy and taking two steps.
     """
-    plans = list(schedules)
+    plans, backend = list(schedules), backend_of(x).name
+
+    def own_copy() -> tuple[Sequential, Optimizer]:
+        own_model, own_optimizer = copy.deepcopy((model, optimizer))
+        own_optimizer.learning_rate = 0.0  # the same arithmetic, and no number of steps diverges
+        return own_model, own_optimizer
 
     def two_steps(plan: Schedule) -> None:
-        own_model, own_optimizer = copy.deepcopy((model, optimizer))
+        own_model, own_optimizer = own_copy()
         for _ in range(2):  # the optimizer allocates its state in the first
             train_step(own_model, loss, own_optimizer, plan, x, y)
 
-    peaks = [measure_peak(two_steps, plan).increase_bytes for plan in plans]
-    copies = [copy.deepcopy((model, optimizer)) for _ in plans]
+    peaks = [measure_peak(two_steps, plan, backend=backend).increase_bytes for plan in plans]
+    copies = [own_copy() for _ in plans]
     times: list[list[float]] = [[] for _ in plans]
     for round_number in range(rounds + 1):
         for (own_model, own_optimizer), plan, seconds in zip(copies, plans, times, strict=True):
