@@ -63,6 +63,7 @@ def backpropagate(
             layer, output = layers[first - 1], held.pop(first)
             if gradient is None:
                 gradient = output_gradient(output)
+                layer.check_gradient(gradient, output)
             if layer.output_suffices:
                 kept = (held[first - 1], output)
             elif first in saved:

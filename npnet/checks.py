@@ -127,14 +127,14 @@ def check_list(values: Any, length: int, name: str) -> list[Any]:
     return given
 
 
-def check_rows(array: Array, features: int, name: str) -> None:
-    """Refuse all but rows, (samples, features), at least one.
+def check_rows(array: Array, features: int, name: str, labels: bool = False) -> None:
+    """Refuse all but rows, (samples, features), at least one; ``labels`` says that one-hot rows may be meant.
 
     Raises:
         ValueError: it has another shape.
     """
     if array.ndim != 2 or array.shape[1] != features or not len(array):
-        hint = "; class numbers become rows with npnet.one_hot(labels, classes)" if array.ndim == 1 else ""
+        hint = "; class numbers become rows with npnet.one_hot(labels, classes)" if labels and array.ndim == 1 else ""
         raise ValueError(f"{name}: expected rows of shape (samples, {features}), got {array.shape}{hint}")
 
 

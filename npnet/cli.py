@@ -227,6 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        print(
+            f"npnet {options.command}: out of memory ({error}); try a smaller --arch or --batch-size", file=sys.stderr
+        )
+        return 1
     except (OSError, datasets.DataError, TrainingDiverged, ImportError) as error:
         print(f"npnet {options.command}: {error}", file=sys.stderr)
         return 1

@@ -26,6 +26,8 @@ def report(train: Pair, test: Pair, quick: bool, seed: int) -> Iterator[Table]:
 
     Interrupted by Ctrl-C, it first gives the rows that it has of the table under way.
     """
+    if len(train[0]) < BATCH:
+        raise ValueError(f"the report needs at least one batch of {BATCH} training samples, got {len(train[0])}")
     if quick:
         train, test = (train[0][:6000], train[1][:6000]), (test[0][:1000], test[1][:1000])
     epochs, rounds = (2, 25) if quick else (5, 400)
@@ -85,7 +87,10 @@ def time_rows(train: Pair, rounds: int, seed: int) -> Iterator[Row]:
     for sizes, intervals in TIMES:
         networks = {n: _network(sizes, n, seed) for n in intervals}
         times: dict[int, list[float]] = {n: [] for n in intervals}
-        batches = [(train[0][i : i + BATCH], train[1][i : i + BATCH]) for i in range(0, 20 * BATCH, BATCH)]
+        batches = [
+            (train[0][i : i + BATCH], train[1][i : i + BATCH])
+            for i in range(0, min(20 * BATCH, len(train[0]) - BATCH + 1), BATCH)
+        ]
         for round_number in range(rounds + 3):
             for n, network in networks.items():
                 start = time.perf_counter()

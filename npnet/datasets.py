@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npnet.backend import Array
-from npnet.checks import check_whole
+from npnet.checks import check_pairs, check_whole
 from npnet.layer import Pair
 from npnet.random import RNG, as_generator
 
@@ -177,6 +177,7 @@ def batches(x: Array, y: Array, batch_size: int, rng: RNG = None, shuffle: bool 
     >>> [len(x) for x, y in batches(np.zeros((5, 3)), np.zeros((5, 1)), 2)]
     [2, 2, 1]
     """
+    check_pairs(x, y)
     batch_size = check_whole(batch_size, "batch_size", least=1)
     order = as_generator(rng).permutation(len(x)) if shuffle else None
     for start in range(0, len(x), batch_size):

@@ -41,6 +41,12 @@ class Parameter:
         else:
             self.gradient += gradient
 
+    def take_gradient(self) -> Array:
+        """The gradient, which from then on is no longer the parameter's."""
+        gradient, self.gradient = self.gradient, None
+        assert gradient is not None, "no backward pass has added a gradient"
+        return gradient
+
     def writable(self) -> Array:
         """The array that an update may overwrite (in the layout that products like best)."""
         if self.lent:

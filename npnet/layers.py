@@ -47,6 +47,8 @@ class Dense(Layer):
         if initializer is None:
             initializer = INITIALIZERS.get(type(self.activation), xavier_normal)
         weight = initializer((out_features, in_features), as_generator(rng))
+        if weight.shape != (out_features, in_features):
+            raise ValueError(f"initializer: expected shape {out_features, in_features}, got {weight.shape}")
         # Fortran order makes W.T contiguous: x @ W.T is then up to twice as fast on thin layers.
         self.weight = Parameter(to_backend(np.asfortranarray(weight, dtype), backend))  # (out, in)
         self.bias = Parameter(to_backend(np.zeros(out_features, dtype), backend))  # (out,)
@@ -60,11 +62,10 @@ class Dense(Layer):
     def forward(self, x: Array) -> tuple[Array, Saved]:
         xp, weight = array_module(x), self.weight.value
         try:
-            if x.dtype != weight.dtype:
+            if x.ndim != 2 or x.dtype != weight.dtype:
                 raise TypeError
-            y = xp.empty((x.shape[0], self.out_features), weight.dtype)  # (batch, out)
-            xp.dot(x, weight.T, out=y)
-        except (IndexError, TypeError, ValueError):
+            y = xp.dot(x, weight.T)  # (batch, out)
+        except (TypeError, ValueError):
             raise self._input_error(x) from None
         self.activation.forward_(y, self.bias.value)
         return y, (x, y)
@@ -79,15 +80,9 @@ class Dense(Layer):
         x, _ = saved
         xp, weight = array_module(dy), self.weight.value
         dz = self.activation.backward_(dy, saved)  # (batch, out), in the buffer of dy
-        dweight = xp.empty((self.in_features, self.out_features), dz.dtype)  # dW^T, so that dW is in Fortran order
-        xp.dot(x.T, dz, out=dweight)
-        self.weight.accumulate(dweight.T)  # (out, in)
+        self.weight.accumulate(xp.dot(x.T, dz).T)  # (out, in), in Fortran order as the weight
         self.bias.accumulate(xp.dot(ones(xp, len(dz), dz.dtype), dz))  # (out,)
-        if not needs_dx:
-            return None
-        dx: Array = xp.empty(x.shape, dz.dtype)  # (batch, in)
-        xp.dot(dz, weight, out=dx)
-        return dx
+        return xp.dot(dz, weight) if needs_dx else None  # (batch, in)
 
     def _input_error(self, x: Array) -> Exception:
         """What was wrong with an ``x`` that the product refused."""
@@ -146,8 +141,8 @@ class Sequential(Layer):
 
 def mlp(
     sizes: Sequence[int],
-    activation: str = "relu",
-    output: str = "identity",
+    activation: str | Activation = "relu",
+    output: str | Activation = "identity",
     *,
     initializer: Initializer | None = None,
     dtype: npt.DTypeLike = np.float32,
@@ -160,7 +155,7 @@ def mlp(
     Sequential(Dense(784, 30, relu), Dense(30, 10, identity))
     """
     sizes = check_sizes(sizes)
-    generator = as_generator(rng)
+    generator, activation = as_generator(rng), as_activation(activation)
     names = [activation] * (len(sizes) - 2) + [output]
     return Sequential(
         *(

@@ -71,7 +71,7 @@ class Loss:
         Raises:
             ValueError: they are not rows of ``features`` numbers.
         """
-        check_rows(targets, features, "targets")
+        check_rows(targets, features, "targets", labels=True)
 
 
 def _check_pair(output: Array, target: Array) -> None:
@@ -80,8 +80,11 @@ def _check_pair(output: Array, target: Array) -> None:
             f"loss: the output is on backend {backend_of(output).name!r}, the target on "
             f"{backend_of(target).name!r}; move one with npnet.to_backend"
         )
-    if output.shape != target.shape:
-        raise ValueError(f"loss: output and target must have the same shape, got {output.shape} and {target.shape}")
+    if output.ndim != 2 or output.shape != target.shape:
+        raise ValueError(
+            f"loss: output and target must have the same shape, got {output.shape} and {target.shape}; "
+            "both are rows, (batch, features)"
+        )
 
 
 class _SquaredError(Loss):

@@ -132,7 +132,10 @@ def measure_rss_peak(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
         outcome = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"measure_rss_peak: the process died (exit code {process.exitcode})") from None
+        raise RuntimeError(
+            f"measure_rss_peak: the process died (exit code {process.exitcode}); a script that calls this must do so "
+            'under `if __name__ == "__main__":`, since the fresh process imports it'
+        ) from None
     finally:
         receiver.close()
     process.join()

@@ -28,7 +28,7 @@ from npnet.checks import (
     check_sizes,
     check_whole,
 )
-from npnet.layer import Layer, Pair, Parameter
+from npnet.layer import Layer, Pair
 from npnet.layers import Dense
 from npnet.lending import Lender, as_matrix
 from npnet.losses import TrainingDiverged, accuracy, check_finite
@@ -123,6 +123,7 @@ class Network:
             ValueError: shapes do not fit, or y is not one-hot.
         """
         x, y = self._pairs(test_data, "test_data: ")
+        check_no_nan(x, "test_data: x")
         return accuracy(lambda rows: self.feedforward(rows).T, x, y)
 
     def cost_derivative(self, output_activations: Array, y: Array) -> Array:
@@ -145,8 +146,8 @@ class Network:
         self._run(x, y, 1.0, None)
         nabla_b, nabla_w = [], []
         for layer in self.layers:
-            nabla_b.append(as_matrix(_taken(layer.bias)))
-            nabla_w.append(_taken(layer.weight))
+            nabla_b.append(as_matrix(layer.bias.take_gradient()))
+            nabla_w.append(layer.weight.take_gradient())
         return nabla_b, nabla_w
 
     def update_mini_batch(self, mini_batch: Pair, eta: float) -> None:
@@ -161,7 +162,8 @@ class Network:
             eta: learning rate.
 
         Raises:
-            TrainingDiverged: the loss is not finite; the weights are as before.
+            TrainingDiverged: the loss is not finite; the weights are as before. (What overflows further down, in
+                the backward pass itself, is found by the next step's loss.)
         """
         x, y = self._pairs(mini_batch, "mini_batch: ")
         rate = check_number(eta, "eta") / len(x)
@@ -220,6 +222,8 @@ class Network:
             raise ValueError(f"mini_batch_size: {batch} is more than the {len(x)} training samples")
         check_no_nan(x, "training_data: x")
         check_no_nan(y, "training_data: y")
+        if isinstance(test_data, tuple) and not test_data:
+            test_data = None  # as in the exercise
         if test_data is not None:
             test_data = self._pairs(test_data, "test_data: ")
             check_no_nan(test_data[0], "test_data: x")
@@ -239,9 +243,9 @@ class Network:
     def _array(self, array: Any, name: str) -> Array:
         return check_array(array, self.backend, self.dtype, name)
 
-    def _rows(self, array: Array, features: int, name: str) -> Array:
+    def _rows(self, array: Array, features: int, name: str, labels: bool = False) -> Array:
         array = self._array(array, name)
-        check_rows(array, features, name)
+        check_rows(array, features, name, labels)
         return array
 
     def _pairs(self, pair: Pair, name: str) -> Pair:
@@ -249,7 +253,7 @@ class Network:
             x, y = pair
         except (TypeError, ValueError):
             raise TypeError(f"{name}expected a pair (x, y), got {type(pair).__name__}") from None
-        x, y = self._rows(x, self.sizes[0], f"{name}x"), self._rows(y, self.sizes[-1], f"{name}y")
+        x, y = self._rows(x, self.sizes[0], f"{name}x"), self._rows(y, self.sizes[-1], f"{name}y", labels=True)
         check_pairs(x, y, name)
         return x, y
 
@@ -310,33 +314,35 @@ class NetworkWithCheckpointing(Network):
         Returns:
             ``a`` and the outputs of the layers, columns: layer_idx_end - checkpoint_idx_start + 1 arrays.
         """
-        rows, activations = a.T, [a]
+        if not 0 <= checkpoint_idx_start <= len(self.layers) >= layer_idx_end:
+            raise ValueError(
+                f"forward_between_checkpoints: expected layer indices from 0 to {len(self.layers)}, got "
+                f"{checkpoint_idx_start} and {layer_idx_end}"
+            )
+        rows, activations = self._array(a, "a").T, [a]
         for layer in self.layers[checkpoint_idx_start:layer_idx_end]:
             rows, _ = layer.forward(rows)
             activations.append(rows.T)
         return activations
 
     def _restore_through_lab(self, a: Array, first: int, last: int) -> list[Array]:
+        activations = self.forward_between_checkpoints(a.T, first - 1, last)
+        method = getattr(self.forward_between_checkpoints, "__func__", None)
+        if method is not NetworkWithCheckpointing.forward_between_checkpoints:
+            activations = self._checked_activations(activations, len(a), first, last)
+        return [activation.T for activation in activations[1:]]
+
+    def _checked_activations(self, activations: Any, batch: int, first: int, last: int) -> list[Array]:
         name, sizes = f"forward_between_checkpoints(a, {first - 1}, {last})", self.sizes[first - 1 : last + 1]
-        restored = check_list(self.forward_between_checkpoints(a.T, first - 1, last), len(sizes), name)
-        rows = []
-        for activation, size in zip(restored[1:], sizes[1:], strict=True):
-            activation = self._array(activation, name)
-            if activation.shape != (size, len(a)):
-                raise ValueError(f"{name}: expected an activation of shape {size, len(a)}, got {activation.shape}")
-            rows.append(activation.T)
-        return rows
-
-
-def _taken(parameter: Parameter) -> Array:
-    """The parameter's gradient, which is then no longer the parameter's."""
-    gradient, parameter.gradient = parameter.gradient, None
-    assert gradient is not None
-    return gradient
+        checked = [self._array(array, name) for array in check_list(activations, len(sizes), name)]
+        for array, size in zip(checked, sizes, strict=True):
+            if array.shape != (size, batch):
+                raise ValueError(f"{name}: expected an activation of shape {size, batch}, got {array.shape}")
+        return checked
 
 
 def _descend(layer: Layer) -> None:
     """w <- w - g for each parameter of the layer."""
     for parameter in layer.parameters():
         weight = parameter.writable()
-        array_module(weight).subtract(weight, _taken(parameter), out=weight)
+        array_module(weight).subtract(weight, parameter.take_gradient(), out=weight)

@@ -192,6 +192,7 @@ def step_costs(
     the traced peak of building the copy and taking two steps.
     """
     plans, backend = list(schedules), backend_of(x).name
+    rounds = check_whole(rounds, "rounds", least=1)
 
     def own_copy() -> tuple[Sequential, Optimizer]:
         own_model, own_optimizer = copy.deepcopy((model, optimizer))

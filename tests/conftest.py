@@ -4,6 +4,9 @@ import importlib.util
 import os
 from pathlib import Path
 
+# Before NumPy is loaded: on products this small two BLAS threads only wait for each other, badly so on a busy machine.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 

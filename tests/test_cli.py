@@ -74,7 +74,8 @@ def test_the_commands_in_the_readme_are_commands() -> None:
         assert build_parser().parse_args(command).command in COMMANDS
 
 
-def test_python_m_npnet_is_the_command() -> None:
+def test_python_m_npnet_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for arguments, code in ((["--version"], 0), (["fly"], 2)):
         process = subprocess.run(
             [sys.executable, "-m", "npnet", *arguments], capture_output=True, text=True, check=False

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -102,6 +103,7 @@ def test_ctrl_c_in_a_process_writes_what_was_measured(small: Path, tmp_path: Pat
     options = ["--data", str(small), "--arch", "784,16x6,10", "--epochs", "1000000", "--out", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-c", code, "train", *options, "--batch-size", "100"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

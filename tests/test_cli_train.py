@@ -154,6 +154,13 @@ def test_classic_is_the_lab_exercise(
 
 
 @pytest.mark.usefixtures("_no_picture")
+def test_an_option_of_zero_is_an_option(small: Path, tmp_path: Path) -> None:
+    metrics = train(small, "--learning-rate", 0, out=tmp_path)
+    assert metrics["settings"]["learning_rate"] == 0
+    assert metrics["epochs"][0]["accuracy"] == metrics["epochs"][1]["accuracy"]
+
+
+@pytest.mark.usefixtures("_no_picture")
 def test_classic_takes_whole_batches_only_in_order(small: Path, tmp_path: Path) -> None:
     metrics = train(small, "--classic", out=tmp_path)
     assert [epoch["steps"] for epoch in metrics["epochs"]] == [6, 6]  # 650 samples

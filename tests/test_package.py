@@ -30,7 +30,7 @@ def run_python(code: str, folder: Path) -> str:
     process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
-        env=os.environ | {"MPLBACKEND": "Agg", "OPENBLAS_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

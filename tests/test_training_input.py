@@ -156,7 +156,6 @@ def test_step_costs_of_a_deep_network() -> None:
     assert every_5 < every_2 < 0.75 * plain
     assert abs(again - every_5) < 0.01 * every_5
     assert all(cost.seconds > 0 for cost in costs)
-    assert costs[1].seconds > 0.8 * costs[0].seconds
     assert same(weights(deep), before)  # measured on copies
     assert not optimizer._state
     assert all(parameter.gradient is None for parameter in deep.parameters())

@@ -4,18 +4,19 @@
 
 The classic code is not part of this repository: it is looked for at ../shared/peers/classic.py from the project's
 root, or at $NPNET_CLASSIC. Every figure is a ratio. Times: in each round every contender takes one training step on
-the same batch, in turn; a ratio is the median over rounds of the ratio within a round.
+the same batch, in all orders; a ratio is the median over rounds of the ratio within a round.
 """
 
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def time_ratios(classic: Any, rounds: int) -> list[dict[str, Any]]:
             times: dict[str, list[float]] = {contender: [] for contender in networks}
             own_rounds = rounds if batch == 100 else max(8, rounds // 20)
             for i in range(own_rounds + 3):
-                for contender, network in networks.items():
+                for contender, network in shuffled(networks, i):
                     start = time.perf_counter()
                     network.update_mini_batch(batches[i % len(batches)], 0.1)
                     if i >= 3:
@@ -135,6 +136,13 @@ def memory_ratios(classic: Any) -> list[dict[str, Any]]:
             )
             show(rows[-1])
     return rows
+
+
+def shuffled(networks: dict[str, Any], by: int) -> Iterable[tuple[str, Any]]:
+    """Who goes first finds the batch cold, who follows finds what the one before left in the caches: so all orders
+    come up equally often."""
+    orders = list(itertools.permutations(networks.items()))
+    return orders[by % len(orders)]
 
 
 def show(row: dict[str, Any]) -> None:
