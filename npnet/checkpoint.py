@@ -41,9 +41,29 @@ def backpropagate(
 
     Raises:
         ValueError: the schedule is for a chain of another depth, or of layers that save less.
+
+    Whatever is raised on the way leaves no gradients behind.
     """
     if schedule.depth != len(layers):
         raise ValueError(f"a schedule for {schedule.depth} layers cannot run a chain of {len(layers)}")
+    try:
+        _run(layers, schedule, x, output_gradient, after_backward, restore)
+    except BaseException:  # Ctrl-C, too: the next pass must not add to the half of this one
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter.gradient = None
+        raise
+
+
+def _run(
+    layers: Sequence[Layer],
+    schedule: Schedule,
+    x: Array,
+    output_gradient: Callable[[Array], Array],
+    after_backward: Callable[[Layer], None] | None,
+    restore: Restore | None,
+) -> None:
+    """Do what the schedule says, action by action."""
     held: dict[int, Array] = {0: x}  # l -> a_l
     saved: dict[int, Saved] = {}  # l -> what layer l saved, where that is more than (a_{l-1}, a_l)
     gradient: Array | None = None  # dL/da_l, for the layer l whose backward pass is next

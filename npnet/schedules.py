@@ -115,15 +115,15 @@ class Schedule(tuple[Action, ...]):
         backward 2   o  o  B  .
         backward 1   o  B  .  .
         """
-        width = len(str(self.depth)) + 1
+        width, indent = len(f"a{self.depth}"), max(12, len(f"backward {self.depth} "))
         marks = ["o", *[" "] * self.depth]
-        lines = [" " * 12 + " ".join(f"a{i}".rjust(width) for i in range(self.depth + 1))]
+        lines = [" " * indent + " ".join(f"a{i}".rjust(width) for i in range(self.depth + 1))]
         seen: set[int] = set()
         for action in self:
             kind, layer = action
             marks[layer] = {FORWARD: "R" if layer in seen else "F", DROP: ".", BACKWARD: "B"}[kind]
             seen.add(layer)
-            lines.append(f"{action!s:<12}" + " ".join(mark.rjust(width) for mark in marks).rstrip())
+            lines.append(str(action).ljust(indent) + " ".join(mark.rjust(width) for mark in marks).rstrip())
             marks[layer] = "o" if kind is FORWARD else "."
         return "\n".join(lines)
 
@@ -150,21 +150,7 @@ class Schedule(tuple[Action, ...]):
         held, seen, steps = {0}, set[int](), list[Step]()
         next_backward = self.depth  # the layer at whose output the gradient is known
         for i, (kind, layer) in enumerate(self):
-            problem = ""
-            if not (isinstance(kind, Kind) and isinstance(layer, int) and 1 <= layer <= self.depth):
-                problem = f"expected a Kind and a layer from 1 to {self.depth}"
-            elif kind is FORWARD and layer > next_backward:
-                problem = f"layer {layer} already had its backward pass"
-            elif kind is FORWARD and layer in held:
-                problem = f"a_{layer} is held already"
-            elif kind is FORWARD and layer - 1 not in held:
-                problem = f"its input a_{layer - 1} is not held"
-            elif kind is DROP and layer not in held:
-                problem = f"a_{layer} is not held"
-            elif kind is BACKWARD and layer != next_backward:
-                problem = f"the gradient is at a_{next_backward}, so layer {next_backward} is next"
-            elif kind is BACKWARD and not {layer - 1, layer} <= held:
-                problem = f"it needs a_{layer - 1} and a_{layer}, and a_{min({layer - 1, layer} - held)} is not held"
+            problem = self._problem(kind, layer, held, next_backward)
             if problem:
                 raise InvalidSchedule(f"action {i} of {len(self)}, {getattr(kind, 'value', kind)} {layer}: {problem}")
             if kind is FORWARD:
@@ -179,6 +165,24 @@ class Schedule(tuple[Action, ...]):
         if next_backward:
             raise InvalidSchedule(f"after the last of {len(self)} actions: layer {next_backward} has no backward pass")
         return tuple(_join(steps))
+
+    def _problem(self, kind: Kind, layer: int, held: set[int], next_backward: int) -> str:
+        """Why this action cannot come now, or nothing."""
+        if not (isinstance(kind, Kind) and isinstance(layer, int) and 1 <= layer <= self.depth):
+            return f"expected a Kind and a layer from 1 to {self.depth}"
+        if kind is FORWARD and layer > next_backward:
+            return f"layer {layer} already had its backward pass"
+        if kind is FORWARD and layer in held:
+            return f"a_{layer} is held already"
+        if kind is FORWARD and layer - 1 not in held:
+            return f"its input a_{layer - 1} is not held"
+        if kind is DROP and layer not in held:
+            return f"a_{layer} is not held"
+        if kind is BACKWARD and layer != next_backward:
+            return f"the gradient is at a_{next_backward}, so layer {next_backward} is next"
+        if kind is BACKWARD and not {layer - 1, layer} <= held:
+            return f"it needs a_{layer - 1} and a_{layer}, and a_{min({layer - 1, layer} - held)} is not held"
+        return ""
 
 
 ScheduleLike: TypeAlias = Schedule | str | Callable[[int], Schedule] | Iterable[tuple[Kind, int]]
