@@ -3,7 +3,7 @@
 This is the whole of backpropagation in npnet. Which activations survive from the forward pass, which are
 computed a second time, and when each is let go is said by the schedule; `backpropagate` does as it says.
 Because a recomputation calls the same function with the same input, it gives the same bits: a gradient does not
-depend on the schedule.
+depend on the schedule. (That is a promise of the layers: see `Layer.forward`.)
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def backpropagate(
     after_backward: Callable[[Layer], None] | None = None,
     restore: Restore | None = None,
 ) -> None:
-    """Add the gradient of a loss into every parameter of the chain.
+    """Add the gradient of a loss into every parameter of the chain, on top of what gradients are there.
 
     Args:
         layers: the chain, f_1 ... f_L.
@@ -40,19 +40,34 @@ def backpropagate(
         restore: does the recomputing (for chains whose layers save nothing but input and output).
 
     Raises:
-        ValueError: the schedule is for a chain of another depth, or of layers that save less.
+        ValueError: the schedule is for a chain of another depth, or does not name the layers that need what they
+            save (see `needs_saved`).
 
     Whatever is raised on the way leaves no gradients behind.
     """
     if schedule.depth != len(layers):
         raise ValueError(f"a schedule for {schedule.depth} layers cannot run a chain of {len(layers)}")
+    unsaved = needs_saved(layers) - schedule.needs_saved
+    if unsaved:
+        first = min(unsaved)
+        raise ValueError(f"layer {first} ({layers[first - 1]}) needs what it saved: make the schedule with needs_saved")
     try:
         _run(layers, schedule, x, output_gradient, after_backward, restore)
     except BaseException:  # Ctrl-C, too: the next pass must not add to the half of this one
-        for layer in layers:
-            for parameter in layer.parameters():
-                parameter.gradient = None
+        clear_gradients(layers)
         raise
+
+
+def clear_gradients(layers: Sequence[Layer]) -> None:
+    """Forget every gradient, so that the next backward pass starts from none."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.gradient = None
+
+
+def needs_saved(layers: Sequence[Layer]) -> frozenset[int]:
+    """The numbers, from 1, of the layers whose backward pass needs more than their input and output."""
+    return frozenset(number for number, layer in enumerate(layers, 1) if not layer.output_suffices)
 
 
 def _run(
@@ -84,12 +99,7 @@ def _run(
             if gradient is None:
                 gradient = output_gradient(output)
                 layer.check_gradient(gradient, output)
-            if layer.output_suffices:
-                kept = (held[first - 1], output)
-            elif first in saved:
-                kept = saved.pop(first)
-            else:
-                raise ValueError(f"layer {first} ({layer}) needs what it saved: make the schedule with needs_saved")
+            kept = (held[first - 1], output) if layer.output_suffices else saved.pop(first)
             gradient = layer.backward_(gradient, kept, first > 1)
             del output, kept
             if after_backward is not None:

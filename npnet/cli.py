@@ -16,7 +16,7 @@ from npnet.backend import BackendUnavailable, get_backend
 from npnet.checks import check_number, check_sizes, check_whole
 from npnet.losses import LOSSES, TrainingDiverged
 from npnet.optimizers import OPTIMIZERS
-from npnet.report import Table, write_json
+from npnet.report import Table, describe_sizes, write_json
 from npnet.schedules import ScheduleLike
 
 TRAIN_EXAMPLES = """\
@@ -112,6 +112,14 @@ def _converted(kind: Callable[[str], Any], text: str) -> Any:
         return text
 
 
+def default(name: str) -> str:
+    """What an option of train is without being given, for its help."""
+    modern, classic = getattr(mnist.MODERN, name), getattr(mnist.CLASSIC, name)
+    if name == "arch":
+        modern, classic = describe_sizes(modern), describe_sizes(classic)
+    return f"(default {modern}; with --classic {classic})"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = argparse.ArgumentParser(
@@ -129,31 +137,39 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = command("train", run_train, "Train on MNIST, and measure time and memory of a step.", TRAIN_EXAMPLES)
     train.add_argument("--classic", action="store_true", help="the lab exercise's set-up; options override parts of it")
-    train.add_argument("--arch", type=_type(parse_arch), help="layer sizes, 128x20 for twenty of 128")
-    train.add_argument("--activation", choices=ACTIVATIONS, help="of the hidden layers")
-    train.add_argument("--loss", choices=LOSSES)
-    train.add_argument("--optimizer", choices=OPTIMIZERS)
-    train.add_argument("--learning-rate", "--eta", type=_type(number("the learning rate")))
-    train.add_argument("--decay", choices=["none", "linear"], help="linear: the learning rate falls to zero")
-    train.add_argument("--epochs", type=_type(whole("epochs", 1)))
-    train.add_argument("--batch-size", type=_type(whole("batch size", 1)))
+    train.add_argument(
+        "--arch", type=_type(parse_arch), help=f"layer sizes, 128x20 for twenty of 128 {default('arch')}"
+    )
+    train.add_argument("--activation", choices=ACTIVATIONS, help=f"of the hidden layers {default('activation')}")
+    train.add_argument("--loss", choices=LOSSES, help=default("loss"))
+    train.add_argument("--optimizer", choices=OPTIMIZERS, help=default("optimizer"))
+    train.add_argument(
+        "--learning-rate", "--lr", "--eta", type=_type(number("the learning rate")), help=default("learning_rate")
+    )
+    train.add_argument(
+        "--decay", choices=["none", "linear"], help=f"linear: the learning rate falls to zero {default('decay')}"
+    )
+    train.add_argument("--epochs", type=_type(whole("epochs", 1)), help=f"passes over the data {default('epochs')}")
+    train.add_argument(
+        "--batch-size", type=_type(whole("batch size", 1)), help=f"samples a step {default('batch_size')}"
+    )
     train.add_argument(
         "--checkpoint-every", type=_type(parse_checkpoints), default="sqrt", metavar="N",
         help="layers between checkpoints; 0: keep everything; sqrt (default): the square root of the depth",
     )  # fmt: skip
-    train.add_argument("--dtype", choices=["float32", "float64"])
+    train.add_argument("--dtype", choices=["float32", "float64"], help=default("dtype"))
     train.add_argument("--backend", help="numpy or cupy (default: $NPNET_BACKEND, else numpy)")
     train.add_argument("--samples", type=_type(whole("samples", 1)), help="train on the first SAMPLES images only")
+    train.add_argument("--quiet", action="store_true", help="no progress bars")
     compare = command(
         "compare", run_compare, "The lab exercise's report: accuracy, time, memory, with and without checkpointing.",
         COMPARE_EXAMPLES,
     )  # fmt: skip
     compare.add_argument("--quick", action="store_true", help="a tenth of the data, and fewer rounds")
     for sub in (train, compare):
-        sub.add_argument("--seed", type=_type(whole("seed", 0)), default=0)
+        sub.add_argument("--seed", type=_type(whole("seed", 0)), default=0, help="of all random numbers (default 0)")
         sub.add_argument("--data", metavar="PATH", help="MNIST file or its folder (default: searched, see npnet data)")
         sub.add_argument("--out", type=_type(parse_out), metavar="DIR", help="write results and pictures there")
-        sub.add_argument("--quiet", action="store_true", help="no progress bars")
     data = command(
         "data", run_data, "Show, verify or fetch the MNIST file.",
         DATA_EXAMPLES,

@@ -30,7 +30,7 @@ def report(train: Pair, test: Pair, quick: bool, seed: int) -> Iterator[Table]:
         raise ValueError(f"the report needs at least one batch of {BATCH} training samples, got {len(train[0])}")
     if quick:
         train, test = (train[0][:6000], train[1][:6000]), (test[0][:1000], test[1][:1000])
-    epochs, rounds = (2, 25) if quick else (5, 400)
+    epochs, rounds = (5, 50) if quick else (5, 400)
     parts = (
         (
             Table(

@@ -56,13 +56,17 @@ class Parameter:
 
 
 class Layer:
-    """One step of a chain: a_l = f_l(a_{l-1}), with its derivative."""
+    """One link of a chain: a_l = f_l(a_{l-1}), with its derivative."""
 
     output_suffices: ClassVar[bool] = False
     """True where ``saved`` is just ``(x, y)``: whoever holds input and output needs nothing else for backward."""
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
-        """The output for ``x``, and what ``backward`` will need. Does not change ``x``."""
+        """The output for ``x``, and what ``backward`` will need. Does not change ``x``.
+
+        Called again with the same ``x`` in the same training step it must give the same output, or checkpointing
+        computes the gradient of another function: a layer that draws random numbers has to draw the same again.
+        """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def backward(self, dy: Array, saved: Saved) -> Array:

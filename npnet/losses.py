@@ -8,6 +8,8 @@ for the device until somebody calls ``float()``.
 import math
 from collections.abc import Callable
 
+import numpy as np
+
 from npnet.backend import Array, array_module, backend_of
 from npnet.checks import check_one_hot, check_pairs, check_rows
 
@@ -26,7 +28,7 @@ def check_finite(value: Array | float, what: str = "the loss") -> float:
     if not math.isfinite(number):
         raise TrainingDiverged(
             f"{what} is {number}, training has diverged and the weights are left as they were before this step; "
-            "try a lower learning rate, or look for extreme values in the data"
+            "start again with a lower learning rate, or look for extreme values in the data"
         )
     return number
 
@@ -44,13 +46,17 @@ def accuracy(predict: Callable[[Array], Array], x: Array, y: Array) -> float:
 
     Raises:
         ValueError: ``y`` is not one-hot, or not as long as ``x``.
+        TrainingDiverged: an output is not finite.
     """
     check_pairs(x, y)
     check_one_hot(y, "y")
     correct = 0
     for start in range(0, len(x), ACCURACY_ROWS):
         rows = slice(start, start + ACCURACY_ROWS)
-        correct += int((predict(x[rows]).argmax(axis=1) == y[rows].argmax(axis=1)).sum())
+        output = predict(x[rows])
+        with np.errstate(over="ignore", invalid="ignore"):
+            check_finite(output.sum(), "the network's output (its sum)")
+        correct += int((output.argmax(axis=1) == y[rows].argmax(axis=1)).sum())
     return correct / len(x)
 
 

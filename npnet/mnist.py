@@ -103,7 +103,7 @@ def train(
             shuffle=not settings.exercise,
             decay=settings.decay == "linear",
             history=history,
-            show={"peak": format_bytes(costs[-1].peak_bytes)},
+            show={"peak memory": format_bytes(costs[-1].peak_bytes)},
             log=log,
         )
     except KeyboardInterrupt:
@@ -172,7 +172,7 @@ def _compared(costs: list[StepCost]) -> list[dict[str, Any]]:
             "checkpoints": cost.schedule,
             "extra forwards": cost.extra_forwards,
             "ms a step": round(cost.seconds * 1e3, 3),
-            "time ratio": round(cost.seconds / base.seconds, 3),
+            "time ratio": round(cost.ratio, 3),
             "peak bytes": cost.peak_bytes,
             "memory ratio": round(cost.peak_bytes / base.peak_bytes, 3),
         }

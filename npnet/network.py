@@ -1,21 +1,20 @@
 """The lab's networks: dense sigmoid layers and the quadratic cost, with and without checkpointing.
 
-A thin face over the engine. The names, signatures and conventions are those of the classic exercise (Nielsen,
-"Neural Networks and Deep Learning", 2015, chapters 1 and 2): x and y come as rows, (samples, features), into
-`Network.SGD`, `Network.update_mini_batch` and `Network.evaluate`, and as columns, (features, samples), into
-`Network.backprop` and whatever it calls.
+A thin face over the engine, with the names and conventions of the lab exercise that npnet serves: an MLP after Nielsen,
+"Neural Networks and Deep Learning", 2015, chapters 1 and 2, to be given checkpointing. x and y come as rows, (samples,
+features), into `Network.SGD`, `update_mini_batch` and `evaluate`, as columns into `backprop` and whatever it calls.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from npnet import schedules
 from npnet.backend import Array, array_module, get_backend, to_backend
-from npnet.checkpoint import Restore, backpropagate
+from npnet.checkpoint import Restore, backpropagate, clear_gradients
 from npnet.checks import (
     check_array,
     check_float,
@@ -62,7 +61,7 @@ class Network:
         self.backend = get_backend(backend)
         draw = np.random.standard_normal if rng is None else as_generator(rng).standard_normal
         self.sizes = check_sizes(sizes)
-        self.num_layers = len(self.sizes)
+        self.num_layers = len(self.sizes)  # as the exercise counts: the input is a layer, too
         biases = [draw(size) for size in self.sizes[1:]]
         self.layers = [
             Dense(n, m, "sigmoid", initializer=lambda shape, _: draw(shape), dtype=dtype, backend=self.backend.name)
@@ -74,6 +73,9 @@ class Network:
         self._biases = Lender("biases", [layer.bias for layer in self.layers], self._array)
         self._schedule = schedules.none(len(self.layers))
         self._restore: Restore | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.sizes})"
 
     def __copy__(self) -> "Network":
         """A copy that trains alone, as a copy of the exercise's network does."""
@@ -110,8 +112,7 @@ class Network:
         a = self._rows(a, self.sizes[0], "a")
         for layer in self.layers:
             a, _ = layer.forward(a)
-        columns: Array = a.T
-        return columns
+        return cast(Array, a.T)
 
     def evaluate(self, test_data: Pair) -> float:
         """The share of samples whose largest output is at the label, in [0, 1].
@@ -162,8 +163,8 @@ class Network:
             eta: learning rate.
 
         Raises:
-            TrainingDiverged: the loss is not finite; the weights are as before. (What overflows further down, in
-                the backward pass itself, is found by the next step's loss.)
+            TrainingDiverged: the loss is not finite; the weights are as before. (What overflows in the backward
+                pass itself is found by the next step's loss.)
         """
         x, y = self._pairs(mini_batch, "mini_batch: ")
         rate = check_number(eta, "eta") / len(x)
@@ -189,6 +190,7 @@ class Network:
             check_finite(array_module(flat).dot(flat, flat))
             return derivative * factor
 
+        clear_gradients(self.layers)
         backpropagate(
             self.layers, self._schedule, x, output_gradient, after_backward=after_backward, restore=self._restore
         )
@@ -210,7 +212,7 @@ class Network:
             mini_batch_size: samples a step.
             eta: learning rate.
             test_data: (x, y) to `evaluate` after each epoch, when ``log`` is set.
-            log: print a line per epoch.
+            log: print a line per epoch (numbered from 0, as in the exercise).
 
         Raises:
             ValueError: shapes do not fit, the batch is larger than the data, or the data hold NaN.

@@ -32,7 +32,8 @@ class Optimizer:
 class SGD(Optimizer):
     """w <- w - eta v  with  v <- momentum v + g  (v = g without momentum).
 
-    The form of ``torch.optim.SGD``; Sutskever et al., "On the importance of initialization and momentum", 2013.
+    The form of ``torch.optim.SGD``. Sutskever et al., "On the importance of initialization and momentum in deep
+    learning", 2013, have eta inside v instead: the same as long as eta does not change.
     """
 
     def __init__(self, learning_rate: float, momentum: float = 0.0) -> None:

@@ -22,6 +22,13 @@ def _axes(ax: "Axes | None") -> "Axes":
     return Figure(figsize=(6, 4), layout="constrained").add_subplot()
 
 
+def _whole_ticks(ax: "Axes") -> None:
+    """Epochs are whole numbers, be there only one."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def plot_history(history: History, ax: "Axes | None" = None) -> "Axes":
     """Training loss and test accuracy, by epoch."""
     ax = _axes(ax)
@@ -30,7 +37,7 @@ def plot_history(history: History, ax: "Axes | None" = None) -> "Axes":
     reached = f"training: {100 * history.accuracy:.2f} % on the test data" if history.accuracy else "training"
     ax.set(title=reached, xlabel="epoch", ylabel="mean training loss")
     ax.yaxis.label.set_color(BLUE)
-    ax.locator_params(axis="x", integer=True)
+    _whole_ticks(ax)
     scores = [(epoch.epoch, 100 * epoch.accuracy) for epoch in history.epochs if epoch.accuracy is not None]
     if scores:
         right = ax.twinx()
@@ -70,7 +77,7 @@ def plot_accuracies(accuracies: Mapping[str, Sequence[float]], ax: "Axes | None"
             alpha=0.6,
         )
     ax.set(title="accuracy, with and without checkpointing", xlabel="epoch", ylabel="test accuracy in %")
-    ax.locator_params(axis="x", integer=True)
+    _whole_ticks(ax)
     ax.legend()
     return ax
 
@@ -83,7 +90,7 @@ def plot_costs(costs: Sequence[StepCost], axes: "Sequence[Axes]") -> None:
         axes[0],
         title="time of a training step",
         ylabel="ms",
-        labels=[f"{cost.seconds * 1e3:.3g} ms\nx {cost.seconds / base.seconds:.2f}" for cost in costs],
+        labels=[f"{cost.seconds * 1e3:.3g} ms\nx {cost.ratio:.2f}" for cost in costs],
     )
     plot_bars(
         {cost.schedule: cost.peak_bytes / 1e6 for cost in costs},

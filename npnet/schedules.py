@@ -47,7 +47,13 @@ class Action(NamedTuple):
         return f"{self.kind.value} {self.layer}"
 
 
-class Step(NamedTuple):
+def _action(kind: Kind | str, layer: int) -> Action:
+    """The action; kinds may be given by their names, as they are printed."""
+    names = {member.value: member for member in Kind}
+    return Action(names.get(kind, kind) if isinstance(kind, str) else kind, layer)  # type: ignore[arg-type]
+
+
+class Run(NamedTuple):
     """What the engine executes: one action, or a run of forward actions for layers first, first + 1, ... last."""
 
     kind: Kind
@@ -82,12 +88,12 @@ class Schedule(tuple[Action, ...]):
     depth: int
     name: str
     needs_saved: frozenset[int]
-    steps: tuple[Step, ...]
+    steps: tuple[Run, ...]
 
     def __new__(
         cls, actions: Iterable[tuple[Kind, int]], depth: int, name: str = "custom", needs_saved: Iterable[int] = ()
     ) -> "Schedule":
-        self = super().__new__(cls, (Action(*action) for action in actions))
+        self = super().__new__(cls, (_action(*action) for action in actions))
         depth = check_whole(depth, "depth", least=1)
         self.depth, self.name, self.needs_saved = depth, name, frozenset(needs_saved)
         self.steps = self._compile(self.needs_saved)
@@ -141,13 +147,13 @@ class Schedule(tuple[Action, ...]):
         """
         return sum(count - 1 for count in self.forwards.values())
 
-    def _compile(self, needs_saved: frozenset[int]) -> tuple[Step, ...]:
+    def _compile(self, needs_saved: frozenset[int]) -> tuple[Run, ...]:
         """Check the actions one by one, and join what the engine can run in one go.
 
         A forward action *saves* when it is the layer's last: backward is next to need what it computed.
         """
         last_forward = {action.layer: i for i, action in enumerate(self) if action.kind is FORWARD}
-        held, seen, steps = {0}, set[int](), list[Step]()
+        held, seen, steps = {0}, set[int](), list[Run]()
         next_backward = self.depth  # the layer at whose output the gradient is known
         for i, (kind, layer) in enumerate(self):
             problem = self._problem(kind, layer, held, next_backward)
@@ -160,7 +166,7 @@ class Schedule(tuple[Action, ...]):
             if kind is BACKWARD:
                 next_backward -= 1
             saves = kind is FORWARD and layer in needs_saved and last_forward[layer] == i
-            steps.append(Step(kind, layer, layer, layer in seen, saves))
+            steps.append(Run(kind, layer, layer, layer in seen, saves))
             seen.add(layer)
         if next_backward:
             raise InvalidSchedule(f"after the last of {len(self)} actions: layer {next_backward} has no backward pass")
@@ -189,25 +195,25 @@ ScheduleLike: TypeAlias = Schedule | str | Callable[[int], Schedule] | Iterable[
 """What ``schedule=`` takes; see `as_schedule`."""
 
 
-def _join(steps: Sequence[Step]) -> Iterable[Step]:
+def _join(steps: Sequence[Run]) -> Iterable[Run]:
     """Runs of forward steps for consecutive layers, as single steps."""
     for (_, kind, recompute, saves), run in groupby(
         enumerate(steps), lambda item: (item[1].first - item[0], item[1].kind, item[1].recompute, item[1].saves)
     ):
         members = [step for _, step in run]
         if kind is FORWARD:
-            yield Step(kind, members[0].first, members[-1].last, recompute, saves)
+            yield Run(kind, members[0].first, members[-1].last, recompute, saves)
         else:
             yield from members
 
 
-def none(depth: int) -> Schedule:
+def none(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
     """Plain backpropagation: every activation is held until its backward pass.
 
     >>> print(none(2))
     forward 1, forward 2, backward 2, backward 1
     """
-    return every_nth(depth, 0)
+    return every_nth(depth, 0, needs_saved)
 
 
 def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
@@ -215,7 +221,8 @@ def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
 
     Two recomputations that the textbook version makes are saved: the last segment is kept from the forward
     pass, and the last layer of each other segment is not run again, since its output is the next
-    checkpoint (unless the layer is in ``needs_saved``). Extra forwards: (n - 1) * floor((L - 1) / n).
+    checkpoint (unless the layer is in ``needs_saved``). Extra forwards: (n - 1) * floor((L - 1) / n),
+    for n >= 1 and nothing in ``needs_saved``.
 
     Args:
         depth: number of layers L.
@@ -226,7 +233,7 @@ def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
         TypeError: ``n`` is not a whole number.
         ValueError: ``n`` is negative.
     """
-    depth, n = check_whole(depth, "depth", least=1), check_whole(n, "checkpoint_every_nth_layer")
+    depth, n = check_whole(depth, "depth", least=1), check_whole(n, "n")
     needs_saved = frozenset(needs_saved)
     segment = n if n > 1 else depth
     starts = range(0, depth, segment)
@@ -252,7 +259,7 @@ def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
 def sqrt(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
     """Checkpoint every round(sqrt(L)) layers: about 2 sqrt(L) activations held instead of L.
 
-    Chen, Xu, Zhang & Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016, section 3.
+    Chen, Xu, Zhang & Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016, section 4.
 
     >>> sqrt(50).name
     'every 7'
@@ -261,16 +268,17 @@ def sqrt(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
     return every_nth(depth, round(math.sqrt(depth)), needs_saved)
 
 
-MAKERS: dict[str, Callable[[int], Schedule]] = {"none": none, "sqrt": sqrt}
+MAKERS: dict[str, Callable[[int, Iterable[int]], Schedule]] = {"none": none, "sqrt": sqrt}
 """Schedules that need nothing but the depth, by name."""
 
 
-def as_schedule(schedule: ScheduleLike, depth: int) -> Schedule:
+def as_schedule(schedule: ScheduleLike, depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
     """The schedule for ``depth`` layers that ``schedule`` stands for.
 
     Args:
         schedule: a `Schedule`, a list of actions, the name of a maker in `MAKERS`, or a function of the depth.
         depth: number of layers L.
+        needs_saved: as for `Schedule`; used where the schedule is made here.
 
     Raises:
         ValueError: no schedule has that name, or it is for another depth.
@@ -279,15 +287,21 @@ def as_schedule(schedule: ScheduleLike, depth: int) -> Schedule:
     """
     if isinstance(schedule, str):
         if schedule not in MAKERS:
-            raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(map(repr, MAKERS))}")
-        schedule = MAKERS[schedule]
-    if callable(schedule):
+            raise ValueError(
+                f"unknown schedule {schedule!r}; choose one of {', '.join(map(repr, MAKERS))}, or make one: "
+                "npnet.schedules.every_nth(depth, n)"
+            )
+        schedule = MAKERS[schedule](depth, needs_saved)
+    elif callable(schedule):
         schedule = schedule(depth)
     if isinstance(schedule, Schedule):
         if schedule.depth != depth:
             raise ValueError(f"the schedule {schedule.name!r} is for {schedule.depth} layers, the network has {depth}")
         return schedule
     try:
-        return Schedule(schedule, depth)
+        return Schedule(schedule, depth, needs_saved=needs_saved)
     except TypeError:
-        raise TypeError(f"schedule: expected a Schedule, a name or a list of (kind, layer), got {schedule!r}") from None
+        raise TypeError(
+            "schedule: expected a Schedule (npnet.schedules.every_nth(depth, n), say), a name, a function of the depth "
+            f"or a list of (kind, layer), got {schedule!r}"
+        ) from None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from npnet.backend import Array, backend_of
-from npnet.checkpoint import backpropagate
+from npnet.checkpoint import backpropagate, clear_gradients, needs_saved
 from npnet.checks import check_no_nan, check_one_hot, check_pairs, check_whole
 from npnet.datasets import batches
 from npnet.layer import Pair
@@ -65,6 +65,7 @@ def train_step(model: Sequential, loss: Loss, optimizer: Optimizer, schedule: Sc
     Raises:
         TrainingDiverged: the loss is not finite; nothing was updated.
     """
+    clear_gradients(model.layers)
     value = 0.0
 
     def output_gradient(output: Array) -> Array:
@@ -116,12 +117,15 @@ def fit(
     """
     from tqdm.auto import tqdm
 
+    for name, given, kind in (("model", model, Sequential), ("loss", loss, Loss), ("optimizer", optimizer, Optimizer)):
+        if not isinstance(given, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, such as {_EXAMPLES[name]}, got {given!r}")
     history = History() if history is None else history
     epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
-    plan, generator = as_schedule(schedule, len(model.layers)), as_generator(rng)
+    plan, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
     for name, pair in (("training data", training_data), ("test data", test_data)):
         if pair is not None:
-            _check_data(model, loss, name, *pair)
+            _check_data(model, loss, name, pair)
     if test_data is not None:
         check_one_hot(test_data[1], "test data: y")
     x, y = training_data
@@ -139,10 +143,10 @@ def fit(
                     optimizer.learning_rate = rate * (1 - ((number - first) * steps + len(losses)) / (epochs * steps))
                 losses.append(train_step(model, loss, optimizer, plan, *batch))
                 seconds += time.perf_counter() - start
-                progress.set_postfix(_readings(losses[-1], history.accuracy, show), refresh=False)
+                progress.set_postfix(_readings(losses, history.accuracy, show), refresh=False)
                 progress.update()
             score = accuracy(model.predict, *test_data) if test_data is not None else None
-            progress.set_postfix(_readings(statistics.fmean(losses), score, show))
+            progress.set_postfix(_readings(losses, score, show))
         except TrainingDiverged as error:
             raise TrainingDiverged(f"epoch {number + 1}, step {len(losses) + 1} of {steps}: {error}") from None
         finally:
@@ -153,28 +157,44 @@ def fit(
     return history
 
 
-def _readings(loss: float, score: float | None, show: Mapping[str, str] | None) -> dict[str, str]:
-    """What the progress bar says behind the bar."""
-    return {"loss": f"{loss:.4f}", "accuracy": "-" if score is None else f"{score:.4f}", **(show or {})}
+def _readings(losses: list[float], score: float | None, show: Mapping[str, str] | None) -> dict[str, str]:
+    """What stands behind the progress bar: the mean of the last 100 losses, and the last accuracy on the test data."""
+    accuracy = "-" if score is None else f"{score:.4f}"
+    return {"loss": f"{statistics.fmean(losses[-100:]):.4f}", "test accuracy": accuracy, **(show or {})}
 
 
-def _check_data(model: Sequential, loss: Loss, name: str, x: Array, y: Array) -> None:
+_EXAMPLES = {"model": "mlp([784, 30, 10])", "loss": "SoftmaxCrossEntropy()", "optimizer": "Adam(1e-3)"}
+
+
+def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair) -> None:
     """Refuse data that do not fit, by running one row through the model."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name}: expected a pair (x, y), got {type(pair).__name__}")
+    x, y = pair
+    backend_of(x), backend_of(y)  # refuse what is not an array
     if x.ndim != 2 or not len(x):
         raise ValueError(f"{name}: expected x of shape (samples, features), got {x.shape}")
     check_pairs(x, y, f"{name}: ")
-    loss.check_targets(y, model.predict(x[:1]).shape[1])
+    output = model.predict(x[:1])
+    loss.check_targets(y, output.shape[1])
+    if y.dtype != output.dtype:
+        raise TypeError(f"{name}: y has dtype {y.dtype}, the network {output.dtype}; convert with y.astype")
     check_no_nan(x, f"{name}: x")
     check_no_nan(y, f"{name}: y")
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a training step costs: ``peak_bytes`` counts all that npnet allocates for training (parameters, optimizer
-    state, gradients, activations), not the caller's data."""
+    """What a training step costs.
+
+    ``ratio`` is the median of the ratios, round by round, to the first schedule measured: it holds when the machine is
+    busy. ``peak_bytes`` counts all that npnet allocates for training (parameters, optimizer state, gradients,
+    activations), not the caller's data.
+    """
 
     schedule: str
     seconds: float
+    ratio: float
     peak_bytes: int
     extra_forwards: int
 
@@ -186,10 +206,10 @@ def step_costs(
     schedules: Iterable[Schedule],
     x: Array,
     y: Array,
-    rounds: int = 15,
+    rounds: int = 60,
 ) -> list[StepCost]:
-    """Measure training steps on copies of the model: the median time of ``rounds`` interleaved steps, untraced, and
-    the traced peak of building the copy and taking two steps.
+    """Measure training steps on copies of the model: median times, untraced, of ``rounds`` rounds in which every
+    schedule takes one step, and the traced peak of building the copy and taking two steps.
     """
     plans, backend = list(schedules), backend_of(x).name
     rounds = check_whole(rounds, "rounds", least=1)
@@ -208,12 +228,19 @@ def step_costs(
     copies = [own_copy() for _ in plans]
     times: list[list[float]] = [[] for _ in plans]
     for round_number in range(rounds + 1):
-        for (own_model, own_optimizer), plan, seconds in zip(copies, plans, times, strict=True):
+        turns = list(zip(copies, plans, times, strict=True))
+        for (own_model, own_optimizer), plan, seconds in turns if round_number % 2 else reversed(turns):
             start = time.perf_counter()
             train_step(own_model, loss, own_optimizer, plan, x, y)
             if round_number:  # the first is warming up
                 seconds.append(time.perf_counter() - start)
     return [
-        StepCost(plan.name, statistics.median(seconds), peak, plan.extra_forwards)
-        for plan, seconds, peak in zip(plans, times, peaks, strict=True)
+        StepCost(
+            plan.name,
+            statistics.median(own),
+            statistics.median(mine / base for mine, base in zip(own, times[0], strict=True)),
+            peak,
+            plan.extra_forwards,
+        )
+        for plan, own, peak in zip(plans, times, peaks, strict=True)
     ]

@@ -89,7 +89,7 @@ def test_a_training_that_diverges_by_itself_says_where(
     metrics = train(small, *options.split(), "--activation", "identity", "--epochs", 9, out=tmp_path, expected=1)
     assert re.match(r"diverged: epoch \d, step \d of 7: ", metrics["outcome"])
     err = capsys.readouterr().err
-    assert re.match(r"npnet train: epoch \d, step \d of 7: .*try a lower learning rate", err)
+    assert re.match(r"npnet train: epoch \d, step \d of 7: .*start again with a lower learning rate", err)
     assert err.count("\n") == 1  # and no warnings of NumPy's
 
 

@@ -111,7 +111,7 @@ def test_progress_is_on_the_error_stream(small: Path, capsys: pytest.CaptureFixt
     arguments = [argument for argument in OPTIONS if argument != "--quiet"]
     assert cli.main(["train", "--data", str(small), *arguments]) == 0
     out, err = capsys.readouterr()
-    shown = re.search(r"epoch 2: 100%.*loss=[\d.]+, accuracy=([\d.]+), peak=[\d.]+ [kM]B", err)
+    shown = re.search(r"epoch 2: 100%.*loss=[\d.]+, test accuracy=([\d.]+), peak memory=[\d.]+ [kM]B", err)
     assert shown is not None
     assert f"test accuracy {100 * float(shown[1]):.2f} %" in out
 

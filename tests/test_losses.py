@@ -165,7 +165,7 @@ def test_softmax_cross_entropy_takes_one_hot_rows_and_probabilities(rows, dtype)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", [float, np.float32, np.array])
 def test_check_finite_says_that_training_has_diverged(value, kind):
-    with pytest.raises(TrainingDiverged, match=rf"the loss is {value}, .*try a lower learning rate"):
+    with pytest.raises(TrainingDiverged, match=rf"the loss is {value}, .*start again with a lower learning rate"):
         check_finite(kind(value))
 
 

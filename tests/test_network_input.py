@@ -85,7 +85,7 @@ BAD_OPTIONS = {
     "the network has 4": [{"schedule": every_nth(5, 2)}, {"schedule": lambda depth: every_nth(depth + 1, 2)}],
     "unknown schedule 'best'; choose one of 'none', 'sqrt'": [{"schedule": "best"}],
     "layer 1 has no backward pass": [{"schedule": list(every_nth(4, 2))[:-1]}],
-    "schedule: expected a Schedule, a name or a list": [{"schedule": 7}, {"schedule": [1]}],
+    "schedule: expected a Schedule .* list": [{"schedule": 7}, {"schedule": [1]}],
     "checkpoint_every_nth_layer or schedule, not both": [{"schedule": "sqrt", "checkpoint_every_nth_layer": 2}],
     "dtype": [{"dtype": kind} for kind in (int, complex, object, bool, str)],
     "rng": [{"rng": rng} for rng in ("a", True, 1.5, -1, np.random.RandomState(0))],
