@@ -7,7 +7,7 @@ features), into `Network.SGD`, `update_mini_batch` and `evaluate`, as columns in
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -112,7 +112,7 @@ class Network:
         a = self._rows(a, self.sizes[0], "a")
         for layer in self.layers:
             a, _ = layer.forward(a)
-        return cast(Array, a.T)
+        return a.T
 
     def evaluate(self, test_data: Pair) -> float:
         """The share of samples whose largest output is at the label, in [0, 1].
