@@ -321,7 +321,7 @@ class NetworkWithCheckpointing(Network):
                 f"forward_between_checkpoints: expected layer indices from 0 to {len(self.layers)}, got "
                 f"{checkpoint_idx_start} and {layer_idx_end}"
             )
-        rows, activations = self._array(a, "a").T, [a]
+        rows, activations = (a if getattr(a, "dtype", None) == self.dtype else self._array(a, "a")).T, [a]
         for layer in self.layers[checkpoint_idx_start:layer_idx_end]:
             rows, _ = layer.forward(rows)
             activations.append(rows.T)

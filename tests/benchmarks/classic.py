@@ -1,10 +1,11 @@
 """npnet against the classic exercise's code: time and traced peak memory of training, in one process, interleaved.
 
-    python -m tests.benchmarks.classic [--quick] [--json FILE]
+    python -m tests.benchmarks.classic [--quick] [--runs N] [--json FILE]
 
 The classic code is not part of this repository: it is looked for at ../shared/peers/classic.py from the project's
 root, or at $NPNET_CLASSIC. Every figure is a ratio. Times: in each round every contender takes one training step on
 the same batch, in all orders; a ratio is the median over rounds of the ratio within a round.
+With --runs, everything is built and timed N times over, since where arrays happen to lie in memory moves a whole run.
 """
 
 import argparse
@@ -138,6 +139,17 @@ def memory_ratios(classic: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def summarize(runs: list[list[dict[str, Any]]]) -> None:
+    """Median, minimum and maximum over the runs."""
+    print(f"\nmedian (minimum to maximum) of {len(runs)} runs")
+    for rows in zip(*runs, strict=True):
+        cells = []
+        for column in ("plain / classic", "every 7 / plain", "every 7 / classic"):
+            values = sorted(row[column] for row in rows)
+            cells.append(f"{column}: {statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})")
+        print("  ".join([rows[0]["network"], rows[0]["dtype"], *cells]))
+
+
 def shuffled(networks: dict[str, Any], by: int) -> Iterable[tuple[str, Any]]:
     """Who goes first finds the batch cold, who follows finds what the one before left in the caches: so all orders
     come up equally often."""
@@ -152,6 +164,7 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
+    parser.add_argument("--runs", type=int, default=1, help="time everything so many times over, and summarize")
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args()
     classic = load_classic()
@@ -159,9 +172,10 @@ def main() -> None:
     with np.errstate(all="ignore"):  # the classic sigmoid overflows
         results = {
             "machine": machine(),
-            "time": time_ratios(classic, 40 if options.quick else 400),
+            "time": [time_ratios(classic, 40 if options.quick else 400) for _ in range(options.runs)],
             "memory": memory_ratios(classic),
         }
+    summarize(results["time"])
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
