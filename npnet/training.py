@@ -143,12 +143,15 @@ def fit(
                     optimizer.learning_rate = rate * (1 - ((number - first) * steps + len(losses)) / (epochs * steps))
                 losses.append(train_step(model, loss, optimizer, plan, *batch))
                 seconds += time.perf_counter() - start
-                progress.set_postfix(_readings(losses, history.accuracy, show), refresh=False)
+                if log:
+                    progress.set_postfix(_readings(losses, history.accuracy, show), refresh=False)
                 progress.update()
             score = accuracy(model.predict, *test_data) if test_data is not None else None
             progress.set_postfix(_readings(losses, score, show))
         except TrainingDiverged as error:
-            raise TrainingDiverged(f"epoch {number + 1}, step {len(losses) + 1} of {steps}: {error}") from None
+            raise TrainingDiverged(
+                f"epoch {number + 1}, step {min(len(losses) + 1, steps)} of {steps}: {error}"
+            ) from None
         finally:
             optimizer.learning_rate = rate
             progress.close()

@@ -1,8 +1,6 @@
 """Fixtures of several test files: the classic exercise's code, which is not part of the project, and MNIST."""
 
-import importlib.util
 import os
-from pathlib import Path
 
 # Before NumPy is loaded: on products this small two BLAS threads only wait for each other, badly so on a busy machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -11,19 +9,16 @@ import numpy as np
 import pytest
 
 import npnet
-
-BESIDE_THE_PROJECT = Path(__file__).parents[2] / "shared" / "peers" / "classic.py"
+from tests.classic_code import load_classic
 
 
 @pytest.fixture(scope="session")
 def classic():
     """The classic exercise as a module: Network and NetworkWithCheckpointing as published, but for a warning."""
-    path = Path(os.environ.get("NPNET_CLASSIC") or BESIDE_THE_PROJECT)
-    if not path.is_file():
-        pytest.skip(f"the classic exercise's code is not at {path}; name its place in NPNET_CLASSIC")
-    spec = importlib.util.spec_from_file_location("classic", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        module = load_classic()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     module.sigmoid = np.errstate(over="ignore")(module.sigmoid)  # so that only npnet's own warnings fail a test
     return module
 

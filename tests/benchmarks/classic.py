@@ -10,7 +10,6 @@ With --runs, everything is built and timed N times over, since where arrays happ
 
 import argparse
 import gc
-import importlib.util
 import itertools
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from npnet import Network, NetworkWithCheckpointing, measure_peak
+from tests.classic_code import load_classic
 
 NETWORKS = {
     "A 784,100,10": ([784, 100, 10], 100),
@@ -31,18 +31,6 @@ NETWORKS = {
     "C 784,30x50,10": ([784, *[30] * 50, 10], 100),
     "C at batch 4096": ([784, *[30] * 50, 10], 4096),
 }
-
-
-def load_classic() -> Any:
-    """The classic module, or exit with a word about where it was looked for."""
-    default = Path(__file__).parents[2].parent / "shared" / "peers" / "classic.py"
-    path = Path(os.environ.get("NPNET_CLASSIC") or default)
-    if not path.is_file():
-        sys.exit(f"skipped: the classic code is not at {path}; name it in NPNET_CLASSIC")
-    spec = importlib.util.spec_from_file_location("classic", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def machine() -> str:
@@ -167,7 +155,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1, help="time everything so many times over, and summarize")
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args()
-    classic = load_classic()
+    try:
+        classic = load_classic()
+    except FileNotFoundError as error:
+        sys.exit(f"skipped: {error}")
     print(machine())
     with np.errstate(all="ignore"):  # the classic sigmoid overflows
         results = {
