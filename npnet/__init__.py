@@ -1,6 +1,6 @@
 """npnet: neural networks from scratch in NumPy, about training with less memory by recomputing what was not kept.
 
-Where to start reading: `npnet.layer` (layers that never remember), `npnet.schedules` (what to keep and what to
+Where to start reading: `npnet.layer` (layers that never remember), `npnet.schedule` (what to keep and what to
 recompute, as a list of actions), `npnet.checkpoint` (the forty lines that run such a list).
 """
 
@@ -23,7 +23,7 @@ from npnet.losses import Loss, MeanSquaredError, Quadratic, SoftmaxCrossEntropy,
 from npnet.memory import MemoryReport, measure_peak, measure_rss_peak
 from npnet.network import Network, NetworkWithCheckpointing
 from npnet.optimizers import SGD, Adam, Optimizer
-from npnet.schedules import InvalidSchedule, Schedule
+from npnet.schedule import InvalidSchedule, Schedule
 from npnet.training import History, fit, step_costs, train_step
 
 __version__ = "0.1.0"

@@ -1,8 +1,12 @@
 """Activations: elementwise functions, each a layer of its own and the second half of a dense layer."""
 
+from typing import Any, ClassVar
+
+import numpy as np
+
 from npnet.backend import Array, array_module, scalar
 from npnet.initializers import Initializer, kaiming_normal, xavier_normal
-from npnet.layer import Layer, Saved
+from npnet.layer import Layer, LayerCost, Saved
 
 
 class Activation(Layer):
@@ -12,6 +16,8 @@ class Activation(Layer):
     """
 
     output_suffices = True
+    flops: ClassVar[tuple[int, int]]  # an element, forward and backward
+    slope_arrays: ClassVar[int] = 1  # arrays of the output's size that backward_ takes
 
     def __repr__(self) -> str:
         return type(self).__name__.lower()
@@ -19,6 +25,11 @@ class Activation(Layer):
     def forward_(self, z: Array, bias: Array | None = None) -> None:
         """Replace ``z``, (batch, features), by f(z + bias); ``bias`` is (features,) or None for zero."""
         raise NotImplementedError(f"{type(self).__name__}.forward_")
+
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        size = shape[0] * shape[1]
+        bytes_, (forward, backward) = size * dtype.itemsize, self.flops
+        return LayerCost(shape, bytes_, 0, 0, 0, bytes_ * self.slope_arrays, forward * size, backward * size)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         y = x.copy()
@@ -42,6 +53,9 @@ def _add_(z: Array, bias: Array | None) -> None:
 class Identity(Activation):
     """f(z) = z, for outputs that a loss takes as they are (logits, regression)."""
 
+    flops = (0, 0)
+    slope_arrays = 0
+
     def forward_(self, z: Array, bias: Array | None = None) -> None:
         _add_(z, bias)
 
@@ -55,6 +69,8 @@ class Sigmoid(Activation):
     For z < -709 (-88 in float32) e^-z is infinite and y = 1/inf = 0, as it should be; the engine silences
     NumPy's warning about it for a whole step, since doing so in every layer would cost as much as the exponential.
     """
+
+    flops = (4, 3)
 
     def forward_(self, z: Array, bias: Array | None = None) -> None:
         xp = array_module(z)
@@ -79,6 +95,8 @@ class Sigmoid(Activation):
 class Tanh(Activation):
     """f(z) = tanh z, and f' = 1 - y^2."""
 
+    flops = (1, 3)
+
     def forward_(self, z: Array, bias: Array | None = None) -> None:
         _add_(z, bias)
         array_module(z).tanh(z, out=z)
@@ -94,6 +112,8 @@ class Tanh(Activation):
 
 class ReLU(Activation):
     """f(z) = max(z, 0), and f' = 1 where y > 0, else 0 (at the kink too, as in PyTorch)."""
+
+    flops = (1, 2)
 
     def forward_(self, z: Array, bias: Array | None = None) -> None:
         _add_(z, bias)

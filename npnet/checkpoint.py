@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from npnet.backend import Array
-from npnet.layer import Layer, Saved
-from npnet.schedules import DROP, FORWARD, Schedule
+from npnet.layer import Layer, Saved, needs_saved
+from npnet.schedule import DROP, FORWARD, Schedule
 
 Restore = Callable[[Array, int, int], Sequence[Array]]
 """restore(a, first, last): the outputs of layers first, ..., last, recomputed from the input ``a`` of the first."""
@@ -63,11 +63,6 @@ def clear_gradients(layers: Sequence[Layer]) -> None:
     for layer in layers:
         for parameter in layer.parameters():
             parameter.gradient = None
-
-
-def needs_saved(layers: Sequence[Layer]) -> frozenset[int]:
-    """The numbers, from 1, of the layers whose backward pass needs more than their input and output."""
-    return frozenset(number for number, layer in enumerate(layers, 1) if not layer.output_suffices)
 
 
 def _run(

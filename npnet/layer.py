@@ -9,7 +9,10 @@ sum of what somebody kept.
 Batches are rows, (batch, features); weights are (out, in), as in PyTorch.
 """
 
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import numpy as np
 
 from npnet.backend import Array
 
@@ -55,6 +58,22 @@ class Parameter:
         return self.value
 
 
+class LayerCost(NamedTuple):
+    """What one layer takes for one batch: bytes of arrays, and flops (an elementwise operation counts as one).
+
+    Single rows and columns (a bias on its way, a vector of ones) are not counted.
+    """
+
+    output_shape: tuple[int, int]  # (batch, features)
+    output_bytes: int
+    saved_bytes: int  # of what ``saved`` holds besides input and output
+    forward_bytes: int  # the most that forward takes at once besides input and output, ``saved`` included
+    gradient_bytes: int  # of the gradients of the parameters
+    backward_bytes: int  # the most that backward_ takes at once besides what it is given: gradients and dx included
+    forward_flops: int
+    backward_flops: int
+
+
 class Layer:
     """One link of a chain: a_l = f_l(a_{l-1}), with its derivative."""
 
@@ -84,6 +103,18 @@ class Layer:
         """The parameters, in a fixed order."""
         return []
 
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        """What the layer takes for an input of this shape, (batch, features), and dtype: read by `npnet.planner`.
+
+        Raises:
+            NotImplementedError: the layer does not say; it runs all the same, but cannot be planned.
+            ValueError: the input does not fit.
+        """
+        raise NotImplementedError(
+            f"{self} does not say what it costs, so it cannot be planned: give {type(self).__name__} a method "
+            "cost(self, shape, dtype, needs_dx=True) that returns an npnet.LayerCost"
+        )
+
     def check_gradient(self, dy: Array, y: Array) -> None:
         """Refuse a gradient that does not fit the output ``y``, before broadcasting can make it fit.
 
@@ -92,3 +123,8 @@ class Layer:
         """
         if dy.shape != y.shape:
             raise ValueError(f"{self}: the gradient dy must have the output's shape {y.shape}, got {dy.shape}")
+
+
+def needs_saved(layers: Sequence[Layer]) -> frozenset[int]:
+    """The numbers, from 1, of the layers whose backward pass needs more than their input and output."""
+    return frozenset(number for number, layer in enumerate(layers, 1) if not layer.output_suffices)

@@ -1,6 +1,7 @@
 """Dense layers, and layers in a row."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,7 @@ from npnet.activations import INITIALIZERS, Activation, as_activation
 from npnet.backend import Array, array_module, backend_of, ones, to_backend
 from npnet.checks import check_float, check_sizes
 from npnet.initializers import Initializer, xavier_normal
-from npnet.layer import Layer, Parameter, Saved
+from npnet.layer import Layer, LayerCost, Parameter, Saved
 from npnet.random import RNG, as_generator
 
 
@@ -84,6 +85,25 @@ class Dense(Layer):
         self.bias.accumulate(xp.dot(ones(xp, len(dz), dz.dtype), dz))  # (out,)
         return xp.dot(dz, weight) if needs_dx else None  # (batch, in)
 
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        batch, features = shape
+        if features != self.in_features:
+            raise ValueError(f"{self}: expected rows of {self.in_features} features, got {features}")
+        activation = self.activation.cost((batch, self.out_features), dtype)
+        product = 2 * batch * self.in_features * self.out_features  # flops
+        gradients = sum(parameter.value.nbytes for parameter in self.parameters())
+        dx = batch * self.in_features * dtype.itemsize if needs_dx else 0
+        return LayerCost(
+            activation.output_shape,
+            activation.output_bytes,
+            saved_bytes=0,
+            forward_bytes=0,
+            gradient_bytes=gradients,
+            backward_bytes=max(activation.backward_bytes, gradients + dx),  # the slope is gone before they come
+            forward_flops=product + batch * self.out_features + activation.forward_flops,
+            backward_flops=product * (1 + needs_dx) + 2 * batch * self.out_features + activation.backward_flops,
+        )
+
     def _input_error(self, x: Array) -> Exception:
         """What was wrong with an ``x`` that the product refused."""
         weight = self.weight.value
@@ -130,6 +150,37 @@ class Sequential(Layer):
         for layer, kept in zip(reversed(self.layers), reversed(saved), strict=True):
             dy = layer.backward(dy, kept)
         return dy
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
+        gradient: Array | None = dy
+        for number in reversed(range(len(self.layers))):
+            assert gradient is not None, "a layer below needs dx"
+            gradient = self.layers[number].backward_(gradient, saved[number], needs_dx or number > 0)
+        return gradient
+
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        costs: list[LayerCost] = []
+        for number, layer in enumerate(self.layers):
+            costs.append(layer.cost(shape, dtype, needs_dx or number > 0))
+            shape = costs[-1].output_shape
+        saved = forward_bytes = backward_bytes = gradients = dx = 0
+        for cost in costs:
+            forward_bytes = max(forward_bytes, saved + cost.forward_bytes)
+            saved += cost.saved_bytes + (cost.output_bytes if cost is not costs[-1] else 0)
+        for number in reversed(range(len(costs))):
+            backward_bytes = max(backward_bytes, gradients + dx + costs[number].backward_bytes)
+            gradients += costs[number].gradient_bytes
+            dx = costs[number - 1].output_bytes  # the gradient between the two
+        return LayerCost(
+            shape,
+            costs[-1].output_bytes,
+            saved,
+            max(forward_bytes, saved),
+            gradients,
+            backward_bytes,
+            sum(cost.forward_flops for cost in costs),
+            sum(cost.backward_flops for cost in costs),
+        )
 
     @np.errstate(over="ignore", invalid="ignore")
     def predict(self, x: Array) -> Array:

@@ -7,6 +7,7 @@ for the device until somebody calls ``float()``.
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 
@@ -71,6 +72,9 @@ class Loss:
         """The loss, a 0-d array, and dL/d(output), a new array of the output's shape."""
         raise NotImplementedError(f"{type(self).__name__}.value_and_gradient")
 
+    output_arrays: ClassVar[int] = 1
+    """How many arrays of the output's size `value_and_gradient` takes at its peak, the gradient included."""
+
     def check_targets(self, targets: Array, features: int) -> None:
         """Refuse targets that this loss cannot take; called once for a data set, not for each batch.
 
@@ -128,6 +132,8 @@ class SoftmaxCrossEntropy(Loss):
     Takes logits, not probabilities. log softmax(z) = s - log(sum exp(s)) with s = z - max(z) never overflows.
     The gradient is the textbook one because each row of ``target`` sums to 1: one-hot, or probabilities.
     """
+
+    output_arrays = 2
 
     def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
         _check_pair(output, target)

@@ -32,7 +32,8 @@ from npnet.layers import Dense
 from npnet.lending import Lender, as_matrix
 from npnet.losses import TrainingDiverged, accuracy, check_finite
 from npnet.random import RNG, as_generator
-from npnet.schedules import Schedule, ScheduleLike
+from npnet.schedule import Schedule
+from npnet.schedules import ScheduleLike
 
 
 class Network:

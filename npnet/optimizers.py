@@ -25,6 +25,11 @@ class Optimizer:
                 self._update(parameter, parameter.gradient)
                 parameter.gradient = None
 
+    @property
+    def state_arrays(self) -> int:
+        """How many arrays of a parameter's size are kept from step to step."""
+        return 0
+
     def _update(self, parameter: Parameter, gradient: Array) -> None:
         raise NotImplementedError(f"{type(self).__name__}._update")
 
@@ -40,6 +45,10 @@ class SGD(Optimizer):
         self.learning_rate = check_number(learning_rate, "learning_rate")
         self.momentum = check_number(momentum, "momentum", below=1.0)
         self._velocity: dict[Parameter, Array] = {}
+
+    @property
+    def state_arrays(self) -> int:
+        return 1 if self.momentum else 0
 
     def _update(self, parameter: Parameter, gradient: Array) -> None:
         xp, weight = array_module(gradient), parameter.writable()
@@ -69,6 +78,10 @@ class Adam(Optimizer):
         self.beta1, self.beta2 = check_number(beta1, "beta1", below=1.0), check_number(beta2, "beta2", below=1.0)
         self.epsilon = check_number(epsilon, "epsilon")
         self._state: dict[Parameter, tuple[Array, Array, int]] = {}  # m, v, and t: the steps taken
+
+    @property
+    def state_arrays(self) -> int:
+        return 2
 
     def _update(self, parameter: Parameter, gradient: Array) -> None:
         xp, weight = array_module(gradient), parameter.writable()

@@ -1,210 +1,18 @@
-"""Schedules: what is computed, recomputed and forgotten in one training step, and when.
+"""Schedules to choose from: plain backpropagation, checkpoints every n layers, a given set of checkpoints, revolve.
 
-A chain of L layers computes a_l = f_l(a_{l-1}); a_0 is the input. A schedule is a list of three kinds of action:
-
-* ``forward l``   compute a_l from a_{l-1} and hold it;
-* ``drop l``      forget a_l;
-* ``backward l``  turn the gradient at a_l into the gradient at a_{l-1}, and forget a_l and its gradient.
-
-That one list is executed (`npnet.checkpoint`), checked (here), and printed. Plain backpropagation is the list
-with no drop: everything is held. Dropping an activation before its backward pass means to compute it again;
-the activations that are not dropped are the *checkpoints*.
-
-This module knows integers only: no arrays, no bytes.
+Each function makes the action list (`npnet.schedule.Schedule`) for a chain of ``depth`` layers, from integers alone.
+The schedule that is cheapest for a budget in bytes needs to know what the layers cost: see `npnet.planner`.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
-from itertools import groupby
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 from npnet.checks import check_whole
-
-
-class Kind(Enum):
-    """What an action does."""
-
-    FORWARD = "forward"
-    DROP = "drop"
-    BACKWARD = "backward"
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-FORWARD, DROP, BACKWARD = Kind.FORWARD, Kind.DROP, Kind.BACKWARD
-
-
-class Action(NamedTuple):
-    """One entry of a schedule: ``layer`` is l, from 1 to the depth L."""
-
-    kind: Kind
-    layer: int
-
-    def __str__(self) -> str:
-        return f"{self.kind.value} {self.layer}"
-
-
-def _action(kind: Kind | str, layer: int) -> Action:
-    """The action; kinds may be given by their names, as they are printed."""
-    names = {member.value: member for member in Kind}
-    return Action(names.get(kind, kind) if isinstance(kind, str) else kind, layer)  # type: ignore[arg-type]
-
-
-class Run(NamedTuple):
-    """What the engine executes: one action, or a run of forward actions for layers first, first + 1, ... last."""
-
-    kind: Kind
-    first: int
-    last: int
-    recompute: bool  # forward: these layers have been run before
-    saves: bool  # forward: what these layers save is for the backward pass to come
-
-
-class InvalidSchedule(ValueError):
-    """An action list that cannot be executed, or leaves something undone; the message names the action."""
-
-
-class Schedule(tuple[Action, ...]):
-    """A checked action list for a chain of ``depth`` layers.
-
-    Args:
-        actions: the list, as `Action` or (kind, layer) pairs.
-        depth: number of layers L.
-        name: what to call it in tables and pictures.
-        needs_saved: layers whose backward pass needs more than their input and output (see
-            `npnet.layer.Layer.output_suffices`), so that they have to be run again before it.
-
-    Raises:
-        InvalidSchedule: an action uses what is not held, holds twice, or the list leaves a layer without
-            its backward pass.
-
-    >>> print(every_nth(3, 2))
-    forward 1, forward 2, drop 1, forward 3, backward 3, forward 1, backward 2, backward 1
-    """
-
-    depth: int
-    name: str
-    needs_saved: frozenset[int]
-    steps: tuple[Run, ...]
-
-    def __new__(
-        cls, actions: Iterable[tuple[Kind, int]], depth: int, name: str = "custom", needs_saved: Iterable[int] = ()
-    ) -> "Schedule":
-        self = super().__new__(cls, (_action(*action) for action in actions))
-        depth = check_whole(depth, "depth", least=1)
-        self.depth, self.name, self.needs_saved = depth, name, frozenset(needs_saved)
-        self.steps = self._compile(self.needs_saved)
-        return self
-
-    def __getnewargs__(self) -> tuple[tuple[Action, ...], int, str, frozenset[int]]:
-        return tuple(self), self.depth, self.name, self.needs_saved
-
-    def __str__(self) -> str:
-        return ", ".join(map(str, self))
-
-    def diagram(self) -> str:
-        """The schedule as a picture: a line per action, a column per activation.
-
-        ``F`` is computed, ``R`` computed again, ``o`` held, and ``B`` used and freed by a backward action.
-
-        >>> print(every_nth(3, 2).diagram())
-                    a0 a1 a2 a3
-        forward 1    o  F
-        forward 2    o  o  F
-        drop 1       o  .  o
-        forward 3    o  .  o  F
-        backward 3   o  .  o  B
-        forward 1    o  R  o  .
-        backward 2   o  o  B  .
-        backward 1   o  B  .  .
-        """
-        width, indent = len(f"a{self.depth}"), max(12, len(f"backward {self.depth} "))
-        marks = ["o", *[" "] * self.depth]
-        lines = [" " * indent + " ".join(f"a{i}".rjust(width) for i in range(self.depth + 1))]
-        seen: set[int] = set()
-        for action in self:
-            kind, layer = action
-            marks[layer] = {FORWARD: "R" if layer in seen else "F", DROP: ".", BACKWARD: "B"}[kind]
-            seen.add(layer)
-            lines.append(str(action).ljust(indent) + " ".join(mark.rjust(width) for mark in marks).rstrip())
-            marks[layer] = "o" if kind is FORWARD else "."
-        return "\n".join(lines)
-
-    @property
-    def forwards(self) -> Counter[int]:
-        """How often each layer runs forward."""
-        return Counter(action.layer for action in self if action.kind is FORWARD)
-
-    @property
-    def extra_forwards(self) -> int:
-        """How many layer-forwards are recomputation: all but the first of each layer.
-
-        >>> every_nth(50, 7).extra_forwards
-        42
-        """
-        return sum(count - 1 for count in self.forwards.values())
-
-    def _compile(self, needs_saved: frozenset[int]) -> tuple[Run, ...]:
-        """Check the actions one by one, and join what the engine can run in one go.
-
-        A forward action *saves* when it is the layer's last: backward is next to need what it computed.
-        """
-        last_forward = {action.layer: i for i, action in enumerate(self) if action.kind is FORWARD}
-        held, seen, steps = {0}, set[int](), list[Run]()
-        next_backward = self.depth  # the layer at whose output the gradient is known
-        for i, (kind, layer) in enumerate(self):
-            problem = self._problem(kind, layer, held, next_backward)
-            if problem:
-                raise InvalidSchedule(f"action {i} of {len(self)}, {getattr(kind, 'value', kind)} {layer}: {problem}")
-            if kind is FORWARD:
-                held.add(layer)
-            else:
-                held.remove(layer)
-            if kind is BACKWARD:
-                next_backward -= 1
-            saves = kind is FORWARD and layer in needs_saved and last_forward[layer] == i
-            steps.append(Run(kind, layer, layer, layer in seen, saves))
-            seen.add(layer)
-        if next_backward:
-            raise InvalidSchedule(f"after the last of {len(self)} actions: layer {next_backward} has no backward pass")
-        return tuple(_join(steps))
-
-    def _problem(self, kind: Kind, layer: int, held: set[int], next_backward: int) -> str:
-        """Why this action cannot come now, or nothing."""
-        if not (isinstance(kind, Kind) and isinstance(layer, int) and 1 <= layer <= self.depth):
-            return f"expected a Kind and a layer from 1 to {self.depth}"
-        if kind is FORWARD and layer > next_backward:
-            return f"layer {layer} already had its backward pass"
-        if kind is FORWARD and layer in held:
-            return f"a_{layer} is held already"
-        if kind is FORWARD and layer - 1 not in held:
-            return f"its input a_{layer - 1} is not held"
-        if kind is DROP and layer not in held:
-            return f"a_{layer} is not held"
-        if kind is BACKWARD and layer != next_backward:
-            return f"the gradient is at a_{next_backward}, so layer {next_backward} is next"
-        if kind is BACKWARD and not {layer - 1, layer} <= held:
-            return f"it needs a_{layer - 1} and a_{layer}, and a_{min({layer - 1, layer} - held)} is not held"
-        return ""
-
+from npnet.schedule import BACKWARD, DROP, FORWARD, Kind, Schedule
 
 ScheduleLike: TypeAlias = Schedule | str | Callable[[int], Schedule] | Iterable[tuple[Kind, int]]
 """What ``schedule=`` takes; see `as_schedule`."""
-
-
-def _join(steps: Sequence[Run]) -> Iterable[Run]:
-    """Runs of forward steps for consecutive layers, as single steps."""
-    for (_, kind, recompute, saves), run in groupby(
-        enumerate(steps), lambda item: (item[1].first - item[0], item[1].kind, item[1].recompute, item[1].saves)
-    ):
-        members = [step for _, step in run]
-        if kind is FORWARD:
-            yield Run(kind, members[0].first, members[-1].last, recompute, saves)
-        else:
-            yield from members
 
 
 def none(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
@@ -213,16 +21,13 @@ def none(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
     >>> print(none(2))
     forward 1, forward 2, backward 2, backward 1
     """
-    return every_nth(depth, 0, needs_saved)
+    return _segments(depth, [], needs_saved, "plain")
 
 
 def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
     """Checkpoint the output of every ``n``-th layer; recompute each segment between two checkpoints when it is needed.
 
-    Two recomputations that the textbook version makes are saved: the last segment is kept from the forward
-    pass, and the last layer of each other segment is not run again, since its output is the next
-    checkpoint (unless the layer is in ``needs_saved``). Extra forwards: (n - 1) * floor((L - 1) / n),
-    for n >= 1 and nothing in ``needs_saved``.
+    Extra forwards: (n - 1) * floor((L - 1) / n), for n >= 1 and nothing in ``needs_saved``; see `selective`.
 
     Args:
         depth: number of layers L.
@@ -232,28 +37,14 @@ def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
     Raises:
         TypeError: ``n`` is not a whole number.
         ValueError: ``n`` is negative.
+
+    >>> print(every_nth(3, 2))
+    forward 1, forward 2, drop 1, forward 3, backward 3, forward 1, backward 2, backward 1
     """
     depth, n = check_whole(depth, "depth", least=1), check_whole(n, "n")
-    needs_saved = frozenset(needs_saved)
-    segment = n if n > 1 else depth
-    starts = range(0, depth, segment)
-    actions: list[tuple[Kind, int]] = []
-    for layer in range(1, depth + 1):
-        actions.append((FORWARD, layer))
-        if starts[-1] >= layer > 1 and (layer - 1) % segment:
-            actions.append((DROP, layer - 1))
-    for start in reversed(starts):
-        end = min(start + segment, depth)
-        if start != starts[-1]:
-            recompute_end = end
-            if end in needs_saved:
-                actions.append((DROP, end))
-            else:
-                recompute_end = end - 1
-            actions += [(FORWARD, layer) for layer in range(start + 1, recompute_end + 1)]
-        actions += [(BACKWARD, layer) for layer in range(end, start, -1)]
-    name = f"every {n}" if n > 1 else "plain"
-    return Schedule(actions, depth, name, needs_saved)
+    if n <= 1:
+        return none(depth, needs_saved)
+    return _segments(depth, range(n, depth, n), needs_saved, f"every {n}")
 
 
 def sqrt(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
@@ -268,8 +59,108 @@ def sqrt(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
     return every_nth(depth, round(math.sqrt(depth)), needs_saved)
 
 
-MAKERS: dict[str, Callable[[int, Iterable[int]], Schedule]] = {"none": none, "sqrt": sqrt}
-"""Schedules that need nothing but the depth, by name."""
+def selective(depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int] = ()) -> Schedule:
+    """Checkpoint the outputs of the layers ``checkpoints``; recompute each segment between them when it is needed.
+
+    Two recomputations that the textbook version makes are saved: the last segment is kept from the forward pass, and
+    the last layer of each other segment is not run again, since its output is the next checkpoint (unless the layer
+    is in ``needs_saved``).
+
+    Args:
+        depth: number of layers L.
+        checkpoints: numbers of layers, from 1 to L, in any order; an empty set keeps everything.
+        needs_saved: as for `Schedule`.
+
+    Raises:
+        TypeError, ValueError: ``checkpoints`` are not such numbers.
+
+    >>> print(selective(4, [3]))
+    forward 1, forward 2, drop 1, forward 3, drop 2, forward 4, backward 4,
+    forward 1, forward 2, backward 3, backward 2, backward 1
+    """
+    depth = check_whole(depth, "depth", least=1)
+    chosen = sorted({check_whole(layer, "a layer of checkpoints", least=1) for layer in checkpoints})
+    if chosen and chosen[-1] > depth:
+        raise ValueError(f"checkpoints: expected layers from 1 to {depth}, got {chosen[-1]}")
+    name = f"checkpoints at {', '.join(map(str, chosen))}" if len(chosen) <= 8 else f"{len(chosen)} chosen checkpoints"
+    return _segments(depth, [layer for layer in chosen if layer < depth], needs_saved, name)
+
+
+def _segments(depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int], name: str) -> Schedule:
+    """One pass up, which drops what is not a checkpoint, then segment by segment down."""
+    depth, needs_saved = check_whole(depth, "depth", least=1), frozenset(needs_saved)
+    starts = [0, *checkpoints]
+    kept = {*starts, *range(starts[-1], depth + 1)}  # the last segment is kept from the pass up
+    actions: list[tuple[Kind, int]] = []
+    for layer in range(1, depth + 1):
+        actions.append((FORWARD, layer))
+        if layer - 1 not in kept:
+            actions.append((DROP, layer - 1))
+    for start, end in zip(reversed(starts), [depth, *reversed(starts[1:])], strict=True):
+        if end != depth and end in needs_saved:  # of what it saved, only its output is there
+            actions.append((DROP, end))
+            kept.remove(end)
+        actions += [(FORWARD, layer) for layer in range(start + 1, end + 1) if layer not in kept]
+        actions += [(BACKWARD, layer) for layer in range(end, start, -1)]
+    return Schedule(actions, depth, name, needs_saved)
+
+
+def revolve(depth: int, slots: int | None = None, needs_saved: Iterable[int] = ()) -> Schedule:
+    """The binomial schedule: as few recomputations as ``slots`` checkpoints allow, memory that grows like log L.
+
+    With c slots (one of them the input's) and r the smallest number with C(c + r, c) >= L, no layer runs forward more
+    than r + 1 times, and the extra forwards are r L - C(c + r, c + 1). Griewank & Walther, "Algorithm 799: Revolve",
+    2000. It assumes layers that are all alike and are each run once more right before their backward pass; where the
+    output suffices for that (`npnet.layer.Layer.output_suffices`), the schedules of `npnet.planner` are cheaper.
+
+    Args:
+        depth: number of layers L.
+        slots: c, at least 1; by default 1 + ceil(log2 L).
+        needs_saved: as for `Schedule`.
+
+    Raises:
+        TypeError, ValueError: ``slots`` is not a whole number >= 1.
+
+    >>> print(revolve(3, 2))
+    forward 1, forward 2, forward 3, backward 3, drop 2, forward 2, backward 2, drop 1, forward 1, backward 1
+    >>> revolve(50, 7).extra_forwards
+    105
+    """
+    depth = check_whole(depth, "depth", least=1)
+    slots = 1 + math.ceil(math.log2(depth)) if slots is None else check_whole(slots, "slots", least=1)
+    actions: list[tuple[Kind, int]] = []
+    checkpoints: set[int] = set()
+    pending = [(1, depth, slots)]  # (first, last, slots): the backward passes of layers last, ... first are to be done
+    while pending:
+        first, last, free = pending.pop()
+        if last in checkpoints:  # it has served
+            checkpoints.remove(last)
+            actions.append((DROP, last))
+        if first == last:
+            actions += [(FORWARD, first), (BACKWARD, first)]
+            continue
+        middle = first - 1 + _binomial_split(last - first + 1, free)
+        for layer in range(first, middle + 1):
+            actions.append((FORWARD, layer))
+            if layer > first:
+                actions.append((DROP, layer - 1))
+        checkpoints.add(middle)
+        pending += [(first, middle, free), (middle + 1, last, free - 1)]
+    return Schedule(actions, depth, f"revolve {slots}", needs_saved)
+
+
+def _binomial_split(length: int, slots: int) -> int:
+    """How many of ``length`` layers to run before the next checkpoint; one slot holds the input of the first."""
+    repeats = 1
+    while math.comb(slots + repeats, slots) < length:
+        repeats += 1
+    below = math.comb(slots + repeats - 2, slots)  # what all the slots can do with two repeats less
+    above = math.comb(slots - 1 + repeats, slots - 1)  # what the other slots can do
+    return max(below, length - above, 1)
+
+
+MAKERS: dict[str, Callable[..., Schedule]] = {"none": none, "sqrt": sqrt, "revolve": revolve}
+"""Schedules that need nothing but the depth, by name; each also takes ``needs_saved``."""
 
 
 def as_schedule(schedule: ScheduleLike, depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
@@ -291,7 +182,7 @@ def as_schedule(schedule: ScheduleLike, depth: int, needs_saved: Iterable[int] =
                 f"unknown schedule {schedule!r}; choose one of {', '.join(map(repr, MAKERS))}, or make one: "
                 "npnet.schedules.every_nth(depth, n)"
             )
-        schedule = MAKERS[schedule](depth, needs_saved)
+        schedule = MAKERS[schedule](depth, needs_saved=needs_saved)
     elif callable(schedule):
         schedule = schedule(depth)
     if isinstance(schedule, Schedule):

@@ -8,16 +8,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from npnet.backend import Array, backend_of
-from npnet.checkpoint import backpropagate, clear_gradients, needs_saved
+from npnet.checkpoint import backpropagate, clear_gradients
 from npnet.checks import check_no_nan, check_one_hot, check_pairs, check_whole
 from npnet.datasets import batches
-from npnet.layer import Pair
+from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, TrainingDiverged, accuracy, check_finite
 from npnet.memory import measure_peak
 from npnet.optimizers import Optimizer
 from npnet.random import RNG, as_generator
-from npnet.schedules import Schedule, ScheduleLike, as_schedule
+from npnet.schedule import Schedule
+from npnet.schedules import ScheduleLike, as_schedule
 
 
 @dataclass(frozen=True)

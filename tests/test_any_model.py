@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import npnet
-from npnet.schedules import Action, Kind, as_schedule, none
+from npnet.schedule import Action, Kind
+from npnet.schedules import as_schedule, none
 
 RANDOM = np.random.default_rng(0)
 X, Y = RANDOM.random((12, 4)), RANDOM.random((12, 2))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from npnet.checkpoint import backpropagate
 from npnet.layer import Layer
 from npnet.layers import Dense, Sequential
-from npnet.schedules import BACKWARD, DROP, FORWARD, Schedule, every_nth, none
+from npnet.schedule import BACKWARD, DROP, FORWARD, Schedule
+from npnet.schedules import every_nth, none
 from tests.test_schedules import valid_actions
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in dot:RuntimeWarning")  # see test_layers

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "npnet").glob("*.py"))}
 ORDER = [
     *("backend", "checks", "random", "initializers", "layer", "activations", "layers", "losses", "optimizers"),
-    *("schedules", "checkpoint", "lending", "network", "memory", "datasets", "training", "report", "plots"),
+    *("schedule", "schedules", "pricing", "optimal", "memory", "planner", "checkpoint", "lending", "network"),
+    *("datasets", "training", "report", "plots"),
     *("compare", "mnist", "cli"),
 ]
 """A file imports only from files before it in this list."""

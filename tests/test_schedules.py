@@ -7,18 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npnet import schedules
-from npnet.schedules import (
-    BACKWARD,
-    DROP,
-    FORWARD,
-    Action,
-    InvalidSchedule,
-    Schedule,
-    as_schedule,
-    every_nth,
-    none,
-    sqrt,
-)
+from npnet.schedule import BACKWARD, DROP, FORWARD, Action, InvalidSchedule, Kind, Schedule
+from npnet.schedules import as_schedule, every_nth, none, sqrt
 
 PLAIN_2 = [(FORWARD, 1), (FORWARD, 2), (BACKWARD, 2), (BACKWARD, 1)]
 
@@ -77,7 +67,7 @@ def mutated_actions(draw):
         elif how == "duplicate":
             actions.insert(draw(st.integers(0, len(actions))), actions[i])
         else:
-            actions[i] = (draw(st.sampled_from(schedules.Kind)), draw(st.integers(-1, depth + 1)))
+            actions[i] = (draw(st.sampled_from(Kind)), draw(st.integers(-1, depth + 1)))
     return actions, depth
 
 

@@ -1,0 +1,176 @@
+"""What a training step takes, in bytes and flops, before it runs: the price of a schedule.
+
+`Chain` holds what each layer costs, as plain integers, read from the layers (`npnet.layer.Layer.cost`). `timeline` goes
+through a schedule action by action, as the engine does, and adds up what is alive.
+
+Notation, as in Beaumont et al., "Optimal checkpointing for heterogeneous chains", 2019, arXiv:1911.13214: layer l makes
+a_l, of A_l bytes, from a_{l-1}, and saves S_l more; D_l is the gradient at a_l; f_l and b_l are the flops of its forward
+and backward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npnet.layer import Layer, LayerCost, needs_saved
+from npnet.schedule import BACKWARD, FORWARD, Action, Schedule
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The costs of a chain of L layers for one batch. Sequences have L + 1 entries; entry l belongs to layer l, entry 0
+    to the input. All in bytes but the flops.
+    """
+
+    activation: Sequence[int]  # A_l; A_0 = 0, the input is the caller's
+    saved: Sequence[int]  # S_l, for layers whose output does not suffice, else 0
+    gradient: Sequence[int]  # D_l
+    forward_bytes: Sequence[int]  # the most that forward takes besides input and output, S_l included
+    backward_bytes: Sequence[int]  # the most that backward takes besides a_{l-1}, a_l, S_l, D_l: D_{l-1} included
+    kept_gradient: Sequence[int]  # of the parameter gradients that are there until the step ends
+    forward_flops: Sequence[int]  # f_l
+    backward_flops: Sequence[int]  # b_l
+    needs_saved: frozenset[int] = frozenset()
+    loss_bytes: int = 0  # the most that the loss takes besides the output: D_L included
+    parameters: int = 0
+    optimizer: int = 0
+    gradient_given: bool = False  # D_L is there from the start (a model of the literature; in npnet the loss makes it)
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.activation) - 1
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that are alive throughout, whatever the schedule."""
+        return self.parameters + self.optimizer
+
+    @property
+    def step_flops(self) -> int:
+        """Of a plain training step: each layer forward and backward once."""
+        return sum(self.forward_flops) + sum(self.backward_flops)
+
+    def recompute_flops(self, schedule: Schedule) -> int:
+        """Flops of all forwards of ``schedule`` but the first of each layer."""
+        return sum((count - 1) * self.forward_flops[layer] for layer, count in schedule.forwards.items())
+
+
+def chain_of(
+    layers: Sequence[Layer],
+    shape: tuple[int, int],
+    dtype: np.dtype[Any],
+    *,
+    loss_bytes: int,
+    state_arrays: int = 0,
+    streaming: bool = True,
+) -> Chain:
+    """Ask each layer what it costs.
+
+    Args:
+        shape: of the input, (batch, features).
+        dtype: of activations and parameters.
+        loss_bytes: as in `Chain`.
+        state_arrays: arrays of a parameter's size that the optimizer keeps.
+        streaming: each layer is updated, and its gradient freed, during the backward pass; else all gradients are
+            alive at its end.
+
+    Raises:
+        NotImplementedError: a layer does not say what it costs.
+        ValueError: a layer does not fit the one before.
+    """
+    costs: list[LayerCost] = []
+    for layer in layers:
+        costs.append(layer.cost(shape, dtype, needs_dx=bool(costs)))
+        shape = costs[-1].output_shape
+    outputs = [0, *(cost.output_bytes for cost in costs)]
+    parameters = sum(parameter.value.nbytes for layer in layers for parameter in layer.parameters())
+    return Chain(
+        activation=outputs,
+        saved=[
+            0,
+            *(0 if layer.output_suffices else cost.saved_bytes for layer, cost in zip(layers, costs, strict=True)),
+        ],
+        gradient=outputs,
+        forward_bytes=[0, *(cost.forward_bytes for cost in costs)],
+        backward_bytes=[0, *(cost.backward_bytes for cost in costs)],
+        kept_gradient=[0, *(0 if streaming else cost.gradient_bytes for cost in costs)],
+        forward_flops=[0, *(cost.forward_flops for cost in costs)],
+        backward_flops=[0, *(cost.backward_flops for cost in costs)],
+        needs_saved=needs_saved(layers),
+        loss_bytes=loss_bytes,
+        parameters=parameters,
+        optimizer=state_arrays * parameters,
+    )
+
+
+class Moment(NamedTuple):
+    """Bytes alive after an action, by what they are, and ``workspace``: how many more there were at its worst."""
+
+    action: Action
+    parameters: int
+    optimizer: int
+    gradients: int  # of the parameters, and the one that is passed down
+    checkpoints: int  # activations from which others are computed again
+    segment: int  # activations, and what layers saved, that wait for their own backward pass (or are on the way up)
+    workspace: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is alive during the action."""
+        return sum(self[1:])
+
+
+def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
+    """What is alive during and after each action of ``schedule``."""
+    restarted = _restarted(schedule)
+    last_forward = {action.layer: i for i, action in enumerate(schedule) if action.kind is FORWARD}
+    held: dict[int, int] = {}  # layer -> bytes of its activation and of what it saved
+    checkpoints = segment = kept = 0
+    passed = chain.gradient[chain.depth] if chain.gradient_given else 0
+    moments = []
+    made: dict[int, int] = {}  # layer -> index of the action that made the activation held
+    for i, action in enumerate(schedule):
+        kind, layer = action
+        before = checkpoints + segment + kept + passed
+        if kind is FORWARD:
+            saved = chain.saved[layer] if last_forward[layer] == i else 0
+            held[layer], made[layer] = chain.activation[layer] + saved, i
+            peak = before + chain.activation[layer] + max(saved, chain.forward_bytes[layer])
+            change = held[layer]
+        else:
+            change = -held.pop(layer)
+            peak = before
+        if made[layer] in restarted:
+            checkpoints += change
+        else:
+            segment += change
+        if kind is BACKWARD:
+            peak = before + chain.backward_bytes[layer]
+            if not passed:  # the loss makes the first gradient
+                peak = before + max(chain.loss_bytes, chain.gradient[layer] + chain.backward_bytes[layer])
+            kept += chain.kept_gradient[layer]
+            passed = chain.gradient[layer - 1] if layer > 1 else 0
+        alive = checkpoints + segment + kept + passed
+        moments.append(
+            Moment(action, chain.parameters, chain.optimizer, kept + passed, checkpoints, segment, max(peak - alive, 0))
+        )
+    return moments
+
+
+def _restarted(schedule: Schedule) -> set[int]:
+    """The forward actions, by index, whose activation the next layer is run from more than once: checkpoints."""
+    made: dict[int, int] = {}
+    runs: dict[int, int] = {}
+    restarted = set()
+    for i, (kind, layer) in enumerate(schedule):
+        if kind is not FORWARD:
+            continue
+        made[layer], runs[layer] = i, 0
+        if layer > 1:
+            runs[layer - 1] += 1
+            if runs[layer - 1] > 1:
+                restarted.add(made[layer - 1])
+    return restarted

@@ -1,0 +1,204 @@
+"""A schedule: what is computed, recomputed and forgotten in one training step, and when.
+
+A chain of L layers computes a_l = f_l(a_{l-1}); a_0 is the input. A schedule is a list of three kinds of action:
+
+* ``forward l``   compute a_l from a_{l-1} and hold it;
+* ``drop l``      forget a_l;
+* ``backward l``  turn the gradient at a_l into the gradient at a_{l-1}, and forget a_l and its gradient.
+
+That one list is executed (`npnet.checkpoint`), checked (here), and printed. Plain backpropagation is the list
+with no drop: everything is held. Dropping an activation before its backward pass means to compute it again;
+the activations that are not dropped are the *checkpoints*.
+
+This module knows integers only: no arrays, no bytes.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from itertools import groupby
+from typing import NamedTuple
+
+from npnet.checks import check_whole
+
+
+class Kind(Enum):
+    """What an action does."""
+
+    FORWARD = "forward"
+    DROP = "drop"
+    BACKWARD = "backward"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+FORWARD, DROP, BACKWARD = Kind.FORWARD, Kind.DROP, Kind.BACKWARD
+
+
+class Action(NamedTuple):
+    """One entry of a schedule: ``layer`` is l, from 1 to the depth L."""
+
+    kind: Kind
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} {self.layer}"
+
+
+def _action(kind: Kind | str, layer: int) -> Action:
+    """The action; kinds may be given by their names, as they are printed."""
+    names = {member.value: member for member in Kind}
+    return Action(names.get(kind, kind) if isinstance(kind, str) else kind, layer)  # type: ignore[arg-type]
+
+
+class Run(NamedTuple):
+    """What the engine executes: one action, or a run of forward actions for layers first, first + 1, ... last."""
+
+    kind: Kind
+    first: int
+    last: int
+    recompute: bool  # forward: these layers have been run before
+    saves: bool  # forward: what these layers save is for the backward pass to come
+
+
+class InvalidSchedule(ValueError):
+    """An action list that cannot be executed, or leaves something undone; the message names the action."""
+
+
+class Schedule(tuple[Action, ...]):
+    """A checked action list for a chain of ``depth`` layers.
+
+    Args:
+        actions: the list, as `Action` or (kind, layer) pairs.
+        depth: number of layers L.
+        name: what to call it in tables and pictures.
+        needs_saved: layers whose backward pass needs more than their input and output (see
+            `npnet.layer.Layer.output_suffices`), so that they have to be run again before it.
+
+    Raises:
+        InvalidSchedule: an action uses what is not held, holds twice, or the list leaves a layer without
+            its backward pass.
+
+    >>> print(Schedule([("forward", 1), ("forward", 2), ("backward", 2), ("backward", 1)], depth=2))
+    forward 1, forward 2, backward 2, backward 1
+    """
+
+    depth: int
+    name: str
+    needs_saved: frozenset[int]
+    steps: tuple[Run, ...]
+
+    def __new__(
+        cls, actions: Iterable[tuple[Kind, int]], depth: int, name: str = "custom", needs_saved: Iterable[int] = ()
+    ) -> "Schedule":
+        self = super().__new__(cls, (_action(*action) for action in actions))
+        depth = check_whole(depth, "depth", least=1)
+        self.depth, self.name, self.needs_saved = depth, name, frozenset(needs_saved)
+        self.steps = self._compile(self.needs_saved)
+        return self
+
+    def __getnewargs__(self) -> tuple[tuple[Action, ...], int, str, frozenset[int]]:
+        return tuple(self), self.depth, self.name, self.needs_saved
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+    def diagram(self) -> str:
+        """The schedule as a picture: a line per action, a column per activation.
+
+        ``F`` is computed, ``R`` computed again, ``o`` held, and ``B`` used and freed by a backward action.
+
+        >>> from npnet.schedules import every_nth
+        >>> print(every_nth(3, 2).diagram())
+                    a0 a1 a2 a3
+        forward 1    o  F
+        forward 2    o  o  F
+        drop 1       o  .  o
+        forward 3    o  .  o  F
+        backward 3   o  .  o  B
+        forward 1    o  R  o  .
+        backward 2   o  o  B  .
+        backward 1   o  B  .  .
+        """
+        width, indent = len(f"a{self.depth}"), max(12, len(f"backward {self.depth} "))
+        marks = ["o", *[" "] * self.depth]
+        lines = [" " * indent + " ".join(f"a{i}".rjust(width) for i in range(self.depth + 1))]
+        seen: set[int] = set()
+        for action in self:
+            kind, layer = action
+            marks[layer] = {FORWARD: "R" if layer in seen else "F", DROP: ".", BACKWARD: "B"}[kind]
+            seen.add(layer)
+            lines.append(str(action).ljust(indent) + " ".join(mark.rjust(width) for mark in marks).rstrip())
+            marks[layer] = "o" if kind is FORWARD else "."
+        return "\n".join(lines)
+
+    @property
+    def forwards(self) -> Counter[int]:
+        """How often each layer runs forward."""
+        return Counter(action.layer for action in self if action.kind is FORWARD)
+
+    @property
+    def extra_forwards(self) -> int:
+        """How many layer-forwards are recomputation: all but the first of each layer.
+
+        >>> from npnet.schedules import every_nth
+        >>> every_nth(50, 7).extra_forwards
+        42
+        """
+        return sum(count - 1 for count in self.forwards.values())
+
+    def _compile(self, needs_saved: frozenset[int]) -> tuple[Run, ...]:
+        """Check the actions one by one, and join what the engine can run in one go.
+
+        A forward action *saves* when it is the layer's last: backward is next to need what it computed.
+        """
+        last_forward = {action.layer: i for i, action in enumerate(self) if action.kind is FORWARD}
+        held, seen, steps = {0}, set[int](), list[Run]()
+        next_backward = self.depth  # the layer at whose output the gradient is known
+        for i, (kind, layer) in enumerate(self):
+            problem = self._problem(kind, layer, held, next_backward)
+            if problem:
+                raise InvalidSchedule(f"action {i} of {len(self)}, {getattr(kind, 'value', kind)} {layer}: {problem}")
+            if kind is FORWARD:
+                held.add(layer)
+            else:
+                held.remove(layer)
+            if kind is BACKWARD:
+                next_backward -= 1
+            saves = kind is FORWARD and layer in needs_saved and last_forward[layer] == i
+            steps.append(Run(kind, layer, layer, layer in seen, saves))
+            seen.add(layer)
+        if next_backward:
+            raise InvalidSchedule(f"after the last of {len(self)} actions: layer {next_backward} has no backward pass")
+        return tuple(_join(steps))
+
+    def _problem(self, kind: Kind, layer: int, held: set[int], next_backward: int) -> str:
+        """Why this action cannot come now, or nothing."""
+        if not (isinstance(kind, Kind) and isinstance(layer, int) and 1 <= layer <= self.depth):
+            return f"expected a Kind and a layer from 1 to {self.depth}"
+        if kind is FORWARD and layer > next_backward:
+            return f"layer {layer} already had its backward pass"
+        if kind is FORWARD and layer in held:
+            return f"a_{layer} is held already"
+        if kind is FORWARD and layer - 1 not in held:
+            return f"its input a_{layer - 1} is not held"
+        if kind is DROP and layer not in held:
+            return f"a_{layer} is not held"
+        if kind is BACKWARD and layer != next_backward:
+            return f"the gradient is at a_{next_backward}, so layer {next_backward} is next"
+        if kind is BACKWARD and not {layer - 1, layer} <= held:
+            return f"it needs a_{layer - 1} and a_{layer}, and a_{min({layer - 1, layer} - held)} is not held"
+        return ""
+
+
+def _join(steps: Sequence[Run]) -> Iterable[Run]:
+    """Runs of forward steps for consecutive layers, as single steps."""
+    for (_, kind, recompute, saves), run in groupby(
+        enumerate(steps), lambda item: (item[1].first - item[0], item[1].kind, item[1].recompute, item[1].saves)
+    ):
+        members = [step for _, step in run]
+        if kind is FORWARD:
+            yield Run(kind, members[0].first, members[-1].last, recompute, saves)
+        else:
+            yield from members
