@@ -72,7 +72,7 @@ class Loss:
         """The loss, a 0-d array, and dL/d(output), a new array of the output's shape."""
         raise NotImplementedError(f"{type(self).__name__}.value_and_gradient")
 
-    output_arrays: ClassVar[int] = 1
+    loss_arrays: ClassVar[int] = 1
     """How many arrays of the output's size `value_and_gradient` takes at its peak, the gradient included."""
 
     def check_targets(self, targets: Array, features: int) -> None:
@@ -133,7 +133,7 @@ class SoftmaxCrossEntropy(Loss):
     The gradient is the textbook one because each row of ``target`` sums to 1: one-hot, or probabilities.
     """
 
-    output_arrays = 2
+    loss_arrays = 2
 
     def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
         _check_pair(output, target)

@@ -6,8 +6,11 @@ asks the operating system: coarser (pages, the interpreter, the allocator's habi
 """
 
 import gc
+import math
 import multiprocessing
+import numbers
 import pickle
+import re
 import sys
 import threading
 import tracemalloc
@@ -195,3 +198,29 @@ def format_bytes(count: float) -> str:
         if abs(count) >= 0.9995 * size:  # where three digits round up to it
             return f"{count / size:#.3g}".rstrip(".") + f" {unit}"
     return f"{count:.0f} B"
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(size: float | str, name: str = "memory_budget") -> int:
+    """A number of bytes, or a text such as "20 MB" (decimal) or "20 MiB" (binary), as a number of bytes.
+
+    Raises:
+        TypeError: neither a number nor a text.
+        ValueError: not a size, or less than a byte, or infinite.
+
+    >>> parse_bytes("1.5 MiB")
+    1572864
+    """
+    expected = f'{name}: expected bytes, or a size such as "20 MB" or "20 MiB"'
+    if isinstance(size, bool) or not isinstance(size, (str, numbers.Real)):
+        raise TypeError(f"{expected}, got {size!r}")
+    parts = re.fullmatch(r"\s*(\S*?)\s*([a-zA-Z]*)\s*", str(size))
+    try:
+        count = float(parts[1]) * _UNITS[parts[2].lower()] if parts else 0.0
+    except (KeyError, ValueError):
+        count = 0.0
+    if not 1 <= count < math.inf:
+        raise ValueError(f"{expected}, at least one byte, got {size!r}")
+    return int(count)

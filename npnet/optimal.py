@@ -40,7 +40,7 @@ class _Needs:
         self.chain, self.depth = chain, chain.depth
         self.activation, self.saved = np.array(chain.activation), np.array(chain.saved)
         saving = np.maximum(self.saved, chain.forward_bytes)
-        kept = np.cumsum(np.array(chain.kept_gradient)[::-1])[::-1]
+        kept = np.cumsum(np.array(chain.parameter_gradients)[::-1])[::-1] * (not chain.streaming)
         gradient = np.array(chain.gradient)
         self.output_held = [t < self.depth and t not in chain.needs_saved for t in range(self.depth + 1)]
         self.around = np.append(kept[1:], 0) + gradient  # alive during (s, t) before backward t: all gradients
@@ -170,6 +170,11 @@ class Optimum:
         """Flops of all forwards of the optimal schedule, for each level; the last is the budget."""
         costs: Floats = self._table[1, self.chain.depth]
         return costs
+
+    @property
+    def feasible(self) -> bool:
+        """Whether there is a schedule within the budget."""
+        return math.isfinite(self.costs[-1])
 
     def recompute_flops(self) -> float:
         """Flops that are spent again in the optimal schedule for the budget; infinite if there is none."""

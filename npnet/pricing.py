@@ -4,8 +4,8 @@
 through a schedule action by action, as the engine does, and adds up what is alive.
 
 Notation, as in Beaumont et al., "Optimal checkpointing for heterogeneous chains", 2019, arXiv:1911.13214: layer l makes
-a_l, of A_l bytes, from a_{l-1}, and saves S_l more; D_l is the gradient at a_l; f_l and b_l are the flops of its forward
-and backward.
+a_l, of A_l bytes, from a_{l-1}, and saves S_l more; D_l is the gradient at a_l; f_l and b_l are the flops of its two
+passes.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ class Chain:
     gradient: Sequence[int]  # D_l
     forward_bytes: Sequence[int]  # the most that forward takes besides input and output, S_l included
     backward_bytes: Sequence[int]  # the most that backward takes besides a_{l-1}, a_l, S_l, D_l: D_{l-1} included
-    kept_gradient: Sequence[int]  # of the parameter gradients that are there until the step ends
+    parameter_gradients: Sequence[int]  # made by backward
+    streaming: bool  # ... and freed right after it by the update of the layer; else they stay until the step ends
     forward_flops: Sequence[int]  # f_l
     backward_flops: Sequence[int]  # b_l
     needs_saved: frozenset[int] = frozenset()
@@ -56,6 +57,10 @@ class Chain:
     def recompute_flops(self, schedule: Schedule) -> int:
         """Flops of all forwards of ``schedule`` but the first of each layer."""
         return sum((count - 1) * self.forward_flops[layer] for layer, count in schedule.forwards.items())
+
+    def peak_bytes(self, schedule: Schedule) -> int:
+        """The most bytes alive at once under ``schedule``."""
+        return max(moment.peak_bytes for moment in timeline(schedule, self))
 
 
 def chain_of(
@@ -96,7 +101,8 @@ def chain_of(
         gradient=outputs,
         forward_bytes=[0, *(cost.forward_bytes for cost in costs)],
         backward_bytes=[0, *(cost.backward_bytes for cost in costs)],
-        kept_gradient=[0, *(0 if streaming else cost.gradient_bytes for cost in costs)],
+        parameter_gradients=[0, *(cost.gradient_bytes for cost in costs)],
+        streaming=streaming,
         forward_flops=[0, *(cost.forward_flops for cost in costs)],
         backward_flops=[0, *(cost.backward_flops for cost in costs)],
         needs_saved=needs_saved(layers),
@@ -151,7 +157,7 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
             peak = before + chain.backward_bytes[layer]
             if not passed:  # the loss makes the first gradient
                 peak = before + max(chain.loss_bytes, chain.gradient[layer] + chain.backward_bytes[layer])
-            kept += chain.kept_gradient[layer]
+            kept += 0 if chain.streaming else chain.parameter_gradients[layer]
             passed = chain.gradient[layer - 1] if layer > 1 else 0
         alive = checkpoints + segment + kept + passed
         moments.append(

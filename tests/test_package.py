@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "npnet").glob("*.py"))}
 ORDER = [
     *("backend", "checks", "random", "initializers", "layer", "activations", "layers", "losses", "optimizers"),
-    *("schedule", "schedules", "pricing", "optimal", "memory", "planner", "checkpoint", "lending", "network"),
+    *("schedule", "schedules", "pricing", "optimal", "memory", "plans", "planner", "checkpoint", "lending", "network"),
     *("datasets", "training", "report", "plots"),
     *("compare", "mnist", "cli"),
 ]

@@ -1,0 +1,178 @@
+"""Planning: what a training step will take, before it runs, and the cheapest schedule for a budget in bytes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from npnet import schedules
+from npnet.checks import check_whole
+from npnet.layer import Layer
+from npnet.losses import Loss
+from npnet.memory import format_bytes, parse_bytes
+from npnet.optimal import Optimum, exact_unit, smallest_budget
+from npnet.optimizers import Optimizer
+from npnet.plans import MOST_LAYERS, InfeasibleBudget, Plan, describe_moment, remedies
+from npnet.pricing import Chain, chain_of
+from npnet.schedule import Schedule
+from npnet.schedules import ScheduleLike
+
+MOST_CELLS = 20_000_000
+"""Numbers in a planner's table (16 bytes each). Where exact sizes need more, they are rounded: see `Plan.bound`."""
+
+
+class HasLayers(Protocol):
+    """What can be planned: `npnet.Sequential`, `npnet.Network`."""
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+
+
+def plan(
+    network: HasLayers,
+    batch_size: int,
+    *,
+    memory_budget: float | str | None = None,
+    every_nth: int | None = None,
+    strategy: ScheduleLike | None = None,
+    loss: Loss | None = None,
+    optimizer: Optimizer | None = None,
+    streaming: bool = True,
+    features: int | None = None,
+) -> Plan:
+    """Choose a schedule for training ``network``, and say what a step will take.
+
+    Args:
+        network: a `Network` or `Sequential`.
+        batch_size: samples a step.
+        memory_budget: bytes, or "20 MB", "20 MiB": the most that npnet may have allocated at any time in a training
+            step: parameters, gradients, optimizer state, activations and workspace, but not the caller's data.
+        every_nth: a checkpoint every so many layers.
+        strategy: "optimal" (the default, with a budget), "none" (without one), "sqrt", "every_nth" or "revolve" (with a
+            budget the cheapest of their kind that fits), or any schedule, such as `npnet.schedules.selective`.
+        loss: its workspace counts; by default that of the quadratic cost.
+        optimizer: its state counts; by default none, as for plain SGD.
+        streaming: layers are updated during the backward pass, as `npnet.fit` and `Network.update_mini_batch` do; else
+            the gradients of all layers are alive together at the end, as for `Network.backprop`.
+        features: of the input, if the first layer does not tell.
+
+    Raises:
+        InfeasibleBudget: no schedule (of the strategy) keeps to the budget.
+        TypeError, ValueError: an argument is of another kind, or two contradict each other.
+        NotImplementedError: a layer does not say what it costs.
+    """
+    batch_size = check_whole(batch_size, "batch_size", least=1)
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    chain = price(network, batch_size, loss=loss, optimizer=optimizer, streaming=streaming, features=features)
+    depth, bound = chain.depth, None
+    if every_nth is not None and strategy not in (None, "every_nth"):
+        raise ValueError(f"give every_nth or strategy={strategy!r}, not both")
+    if every_nth is not None:
+        candidates: Iterable[Schedule] = [schedules.every_nth(depth, every_nth, chain.needs_saved)]
+    elif strategy == "optimal" or (strategy is None and budget is not None):
+        if budget is None:
+            raise ValueError("strategy 'optimal' needs memory_budget: bytes, or a size such as '20 MB'")
+        candidates, bound = _optimal(chain, budget)
+    elif strategy == "every_nth":
+        if budget is None:
+            raise ValueError("strategy 'every_nth' needs every_nth=n, or a memory_budget to find n for")
+        candidates = _every_nth(chain)
+    elif strategy == "revolve" and budget is not None:
+        candidates = _revolves(chain)
+    else:
+        candidates = [schedules.as_schedule("none" if strategy is None else strategy, depth, chain.needs_saved)]
+    names = tuple(map(repr, network.layers))
+    plans = [Plan(schedule, chain, names, batch_size, budget, bound) for schedule in candidates]
+    fitting = [each for each in plans if budget is None or each.peak_bytes <= budget]
+    if budget is not None and not fitting:
+        raise _infeasible(
+            min(plans, key=lambda each: each.peak_bytes), budget, network, strategy not in (None, "optimal")
+        )
+    return min(fitting, key=lambda each: (each.recompute_flops, each.peak_bytes))
+
+
+def price(
+    network: HasLayers,
+    batch_size: int,
+    *,
+    loss: Loss | None = None,
+    optimizer: Optimizer | None = None,
+    streaming: bool = True,
+    features: int | None = None,
+) -> Chain:
+    """What each layer costs; arguments as for `plan`."""
+    layers = getattr(network, "layers", None)
+    if not layers or not all(isinstance(layer, Layer) for layer in layers):
+        raise TypeError(f"network: expected a Network or a Sequential, got {network!r}")
+    if features is None:
+        features = next((layer.in_features for layer in layers if hasattr(layer, "in_features")), None)
+    if features is None:
+        raise ValueError("features: no layer tells how many features a row of the input has; give features=")
+    dtype = next((parameter.value.dtype for layer in layers for parameter in layer.parameters()), np.dtype(np.float32))
+    output = chain_of(layers, (batch_size, features), dtype, loss_bytes=0).activation[-1]
+    arrays = getattr(network, "loss_arrays", 1) if loss is None else loss.loss_arrays
+    return chain_of(
+        layers,
+        (batch_size, features),
+        dtype,
+        loss_bytes=output * arrays,
+        state_arrays=optimizer.state_arrays if optimizer else 0,
+        streaming=streaming,
+    )
+
+
+def _optimal(chain: Chain, budget: int) -> tuple[list[Schedule], float | None]:
+    """Schedules of which the cheapest that fits is to be taken, and a bound that none can beat."""
+    plain, depth = schedules.none(chain.depth, chain.needs_saved), chain.depth
+    if chain.peak_bytes(plain) <= budget:
+        return [plain], 0.0
+    if depth > MOST_LAYERS:
+        return [*_every_nth(chain), *_revolves(chain)], None
+    least, smallest = smallest_budget(chain)
+    free, unit = budget - chain.fixed, exact_unit(chain)
+    if free < least:
+        return [smallest], None
+    levels = MOST_CELLS // (depth * (depth + 1) // 2)
+    if free // unit < levels:
+        optimum = Optimum(chain, free)
+        return [optimum.schedule()], optimum.recompute_flops()
+    unit = free // levels + 1
+    optimum, found = Optimum(chain, free, unit), [smallest, *_every_nth(chain), *_revolves(chain)]
+    if optimum.feasible:
+        found.append(optimum.schedule())
+    del optimum  # the table is large
+    return found, Optimum(chain, free, unit, round_up=False).recompute_flops()
+
+
+def _every_nth(chain: Chain) -> Iterator[Schedule]:
+    for n in _spread(2, chain.depth):
+        yield schedules.every_nth(chain.depth, n, chain.needs_saved)
+
+
+def _revolves(chain: Chain) -> Iterator[Schedule]:
+    for slots in _spread(min(2 + chain.depth // 1000, chain.depth), chain.depth):
+        yield schedules.revolve(chain.depth, slots, chain.needs_saved)
+
+
+def _spread(first: int, last: int) -> list[int]:
+    """Whole numbers from ``first`` to ``last``: all, if they are not many, else 50 in equal ratios."""
+    if last - first < MOST_LAYERS:
+        return list(range(first, last + 1))
+    return sorted({round(number) for number in np.geomspace(first, last, 50)})
+
+
+def _infeasible(smallest: Plan, budget: int, network: HasLayers, restricted: bool) -> InfeasibleBudget:
+    """The error for a budget below that of ``smallest``."""
+    moment = smallest.binding
+    what = f"of this strategy ({smallest.schedule.name})" if restricted else "that there is"
+    least = f"{smallest.peak_bytes} bytes ({format_bytes(smallest.peak_bytes)})"
+    return InfeasibleBudget(
+        f"memory_budget: {format_bytes(budget)} is too little for a training step with batch size "
+        f"{smallest.batch_size}; the smallest budget {what} is {least}. What binds it is {moment.action}, layer "
+        f"{smallest.layers[moment.action.layer - 1]}: {describe_moment(moment)}. What helps: "
+        + ("strategy='optimal', " if restricted else "")
+        + remedies(smallest),
+        budget,
+        smallest.peak_bytes,
+        moment,
+    )
