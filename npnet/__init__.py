@@ -17,14 +17,18 @@ from npnet.backend import (
 )
 from npnet.checkpoint import backpropagate
 from npnet.datasets import DataError, batches, load_mnist, one_hot
-from npnet.layer import Layer, Parameter
+from npnet.layer import Layer, LayerCost, Parameter
 from npnet.layers import Dense, Sequential, mlp
 from npnet.losses import Loss, MeanSquaredError, Quadratic, SoftmaxCrossEntropy, TrainingDiverged
+from npnet.measuring import measure_timeline, step_costs
 from npnet.memory import MemoryReport, measure_peak, measure_rss_peak
-from npnet.network import Network, NetworkWithCheckpointing
+from npnet.network import Network
+from npnet.network_with_checkpointing import NetworkWithCheckpointing
 from npnet.optimizers import SGD, Adam, Optimizer
+from npnet.planner import Tradeoff, plan, tradeoff
+from npnet.plans import InfeasibleBudget, Plan
 from npnet.schedule import InvalidSchedule, Schedule
-from npnet.training import History, fit, step_costs, train_step
+from npnet.training import History, fit, train_step
 
 __version__ = "0.1.0"
 
@@ -37,8 +41,10 @@ __all__ = [
     "Dense",
     "History",
     "Identity",
+    "InfeasibleBudget",
     "InvalidSchedule",
     "Layer",
+    "LayerCost",
     "Loss",
     "MeanSquaredError",
     "MemoryReport",
@@ -46,6 +52,7 @@ __all__ = [
     "NetworkWithCheckpointing",
     "Optimizer",
     "Parameter",
+    "Plan",
     "Quadratic",
     "ReLU",
     "Schedule",
@@ -53,6 +60,7 @@ __all__ = [
     "Sigmoid",
     "SoftmaxCrossEntropy",
     "Tanh",
+    "Tradeoff",
     "TrainingDiverged",
     "array_module",
     "available_backends",
@@ -63,12 +71,15 @@ __all__ = [
     "load_mnist",
     "measure_peak",
     "measure_rss_peak",
+    "measure_timeline",
     "mlp",
     "one_hot",
+    "plan",
     "register_backend",
     "step_costs",
     "to_backend",
     "to_host",
+    "tradeoff",
     "train_step",
     "use_backend",
 ]

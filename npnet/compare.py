@@ -10,7 +10,7 @@ import numpy as np
 
 from npnet.layer import Pair
 from npnet.memory import format_bytes, measure_peak
-from npnet.network import NetworkWithCheckpointing
+from npnet.network_with_checkpointing import NetworkWithCheckpointing
 from npnet.plots import figure, plot_accuracies, plot_bars
 from npnet.report import Row, Table, describe_sizes
 

@@ -14,7 +14,8 @@ import re
 import sys
 import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +59,21 @@ def measure_peak(function: Callable[..., Any], *args: Any, backend: str | None =
     """
     name = get_backend(backend).name
     measure = _measure_cupy if name == "cupy" else _measure_tracemalloc
-    if not _measuring.acquire(blocking=False):
-        raise RuntimeError("measure_peak: another measurement is running; measure one call at a time")
-    try:
+    with measuring():
         return measure(lambda: function(*args, **kwargs))
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """One measurement at a time.
+
+    Raises:
+        RuntimeError: another is running.
+    """
+    if not _measuring.acquire(blocking=False):
+        raise RuntimeError("another measurement is running; measure one call at a time")
+    try:
+        yield
     finally:
         _measuring.release()
 

@@ -13,13 +13,14 @@ from npnet.datasets import load_mnist
 from npnet.layer import Pair
 from npnet.layers import Sequential, mlp
 from npnet.losses import LOSSES, TrainingDiverged
+from npnet.measuring import StepCost, step_costs
 from npnet.memory import format_bytes
 from npnet.network import Network
 from npnet.optimizers import OPTIMIZERS
 from npnet.plots import save_training
 from npnet.report import Table, describe_sizes, write_json
 from npnet.schedules import ScheduleLike, as_schedule, none
-from npnet.training import History, StepCost, fit, step_costs
+from npnet.training import History, fit
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The lab's networks: dense sigmoid layers and the quadratic cost, with and without checkpointing.
+"""The lab's network: dense sigmoid layers and the quadratic cost (with checkpointing: next file).
 
 A thin face over the engine, with the names and conventions of the lab exercise that npnet serves: an MLP after Nielsen,
 "Neural Networks and Deep Learning", 2015, chapters 1 and 2, to be given checkpointing. x and y come as rows, (samples,
@@ -7,7 +7,7 @@ features), into `Network.SGD`, `update_mini_batch` and `evaluate`, as columns in
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,6 @@ from npnet.lending import Lender, as_matrix
 from npnet.losses import TrainingDiverged, accuracy, check_finite
 from npnet.random import RNG, as_generator
 from npnet.schedule import Schedule
-from npnet.schedules import ScheduleLike
 
 
 class Network:
@@ -49,6 +48,8 @@ class Network:
     Raises:
         TypeError, ValueError: ``sizes`` are not at least two positive whole numbers.
     """
+
+    loss_arrays: ClassVar[int] = 2  # cost_derivative's, and its multiple: for `npnet.plan`
 
     def __init__(
         self,
@@ -192,9 +193,12 @@ class Network:
             return derivative * factor
 
         clear_gradients(self.layers)
-        backpropagate(
-            self.layers, self._schedule, x, output_gradient, after_backward=after_backward, restore=self._restore
-        )
+        schedule = self._schedule_for(len(x), streaming=after_backward is not None)
+        backpropagate(self.layers, schedule, x, output_gradient, after_backward=after_backward, restore=self._restore)
+
+    def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:
+        """What a pass computes, holds and recomputes; streaming: layers are updated on the way back."""
+        return self._schedule
 
     def SGD(  # noqa: N802 - the exercise's name
         self,
@@ -259,89 +263,6 @@ class Network:
         x, y = self._rows(x, self.sizes[0], f"{name}x"), self._rows(y, self.sizes[-1], f"{name}y", labels=True)
         check_pairs(x, y, name)
         return x, y
-
-
-class NetworkWithCheckpointing(Network):
-    """The same network, trained with gradient checkpointing: same gradients, bit for bit, in less memory.
-
-    Args:
-        sizes, dtype, rng, backend: as for `Network`.
-        checkpoint_every_nth_layer: keep the output of every n-th layer, and recompute the others from there. 0 is
-            off, 1 keeps all.
-        schedule: instead of n, a `Schedule`, a name ("none", "sqrt"), a list of actions or a function of the depth.
-
-    Raises:
-        TypeError, ValueError: n is not a whole number >= 0, both n and a schedule are given, or the schedule
-            does not fit the network.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        checkpoint_every_nth_layer: int = 0,
-        *,
-        schedule: ScheduleLike | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(sizes, **options)
-        self.checkpoint_every_nth_layer = checkpoint_every_nth_layer
-        self._restore = self._restore_through_lab
-        if schedule is not None:
-            if checkpoint_every_nth_layer:
-                raise ValueError("give checkpoint_every_nth_layer or schedule, not both")
-            self._schedule = schedules.as_schedule(schedule, len(self.layers))
-
-    @property
-    def schedule(self) -> Schedule:
-        """What a step computes, holds and recomputes."""
-        return self._schedule
-
-    @property
-    def checkpoint_every_nth_layer(self) -> int:
-        """n; assigning to it replaces the schedule."""
-        return self._every
-
-    @checkpoint_every_nth_layer.setter
-    def checkpoint_every_nth_layer(self, n: int) -> None:
-        self._every = check_whole(n, "checkpoint_every_nth_layer")
-        self._schedule = schedules.every_nth(len(self.layers), n)
-
-    def forward_between_checkpoints(self, a: Array, checkpoint_idx_start: int, layer_idx_end: int) -> list[Array]:
-        """Recompute activations from a checkpoint; `backprop` restores every segment through here.
-
-        Args:
-            a: the activation that layers[checkpoint_idx_start] takes, columns (features, batch).
-            checkpoint_idx_start: index of the first layer to run.
-            layer_idx_end: index behind the last layer to run.
-
-        Returns:
-            ``a`` and the outputs of the layers, columns: layer_idx_end - checkpoint_idx_start + 1 arrays.
-        """
-        if not 0 <= checkpoint_idx_start <= len(self.layers) >= layer_idx_end:
-            raise ValueError(
-                f"forward_between_checkpoints: expected layer indices from 0 to {len(self.layers)}, got "
-                f"{checkpoint_idx_start} and {layer_idx_end}"
-            )
-        rows, activations = (a if getattr(a, "dtype", None) == self.dtype else self._array(a, "a")).T, [a]
-        for layer in self.layers[checkpoint_idx_start:layer_idx_end]:
-            rows, _ = layer.forward(rows)
-            activations.append(rows.T)
-        return activations
-
-    def _restore_through_lab(self, a: Array, first: int, last: int) -> list[Array]:
-        activations = self.forward_between_checkpoints(a.T, first - 1, last)
-        method = getattr(self.forward_between_checkpoints, "__func__", None)
-        if method is not NetworkWithCheckpointing.forward_between_checkpoints:
-            activations = self._checked_activations(activations, len(a), first, last)
-        return [activation.T for activation in activations[1:]]
-
-    def _checked_activations(self, activations: Any, batch: int, first: int, last: int) -> list[Array]:
-        name, sizes = f"forward_between_checkpoints(a, {first - 1}, {last})", self.sizes[first - 1 : last + 1]
-        checked = [self._array(array, name) for array in check_list(activations, len(sizes), name)]
-        for array, size in zip(checked, sizes, strict=True):
-            if array.shape != (size, batch):
-                raise ValueError(f"{name}: expected an activation of shape {size, batch}, got {array.shape}")
-        return checked
 
 
 def _descend(layer: Layer) -> None:

@@ -1,7 +1,8 @@
 """Planning: what a training step will take, before it runs, and the cheapest schedule for a budget in bytes."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from npnet.schedules import ScheduleLike
 
 MOST_CELLS = 20_000_000
 """Numbers in a planner's table (16 bytes each). Where exact sizes need more, they are rounded: see `Plan.bound`."""
+
+
+MOST_POINTS = 200
 
 
 class HasLayers(Protocol):
@@ -91,6 +95,72 @@ def plan(
     return min(fitting, key=lambda each: (each.recompute_flops, each.peak_bytes))
 
 
+class Tradeoff(NamedTuple):
+    """Peak bytes against recomputation, for one network and batch size."""
+
+    optimal: list[Plan]  # from the smallest peak to the plain one
+    others: dict[str, list[Plan]]  # "every nth", "sqrt", "revolve"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary per point, for tables and files."""
+        curves = {"optimal": self.optimal, **self.others}
+        return [{"curve": curve, **each.row()} for curve, plans in curves.items() for each in plans]
+
+
+def tradeoff(
+    network: HasLayers,
+    batch_size: int,
+    *,
+    loss: Loss | None = None,
+    optimizer: Optimizer | None = None,
+    streaming: bool = True,
+    features: int | None = None,
+) -> Tradeoff:
+    """The whole curve of peak bytes against recomputation, from one table, and the usual strategies beside it.
+
+    Each optimal plan recomputes as little as any memory-persistent schedule of its peak or below (`Plan.proven`),
+    unless the network is too large for an exact table. Of more than 200 plans, 200 evenly spread are given.
+
+    Args, raises: as for `plan`.
+
+    Raises:
+        ValueError: the network has more than `MOST_LAYERS` layers.
+    """
+    batch_size = check_whole(batch_size, "batch_size", least=1)
+    chain = price(network, batch_size, loss=loss, optimizer=optimizer, streaming=streaming, features=features)
+    if chain.depth > MOST_LAYERS:
+        raise ValueError(f"tradeoff: {chain.depth} layers are more than the {MOST_LAYERS} that are planned exactly")
+    names = tuple(map(repr, network.layers))
+
+    def planned(schedule: Schedule, bound: float | None = None) -> Plan:
+        return Plan(schedule, chain, names, batch_size, bound=bound)
+
+    plain = planned(schedules.none(chain.depth, chain.needs_saved), 0.0)
+    least, _ = smallest_budget(chain)
+    found = [plain]
+    for free in (plain.peak_bytes - chain.fixed, least):
+        exact = exact_unit(chain)
+        unit = max(exact, free // _levels(chain) + 1)
+        optimum = Optimum(chain, free, unit)
+        costs = optimum.costs
+        steps = 1 + np.flatnonzero(costs[1:] < costs[:-1])  # levels at which a cheaper schedule begins to fit
+        if math.isfinite(costs[0]):
+            steps = np.append(0, steps)
+        for level in steps[:: max(1, len(steps) // MOST_POINTS)]:
+            bound = costs[level] - sum(chain.forward_flops) if unit == exact else None
+            found.append(planned(optimum.schedule(int(level)), bound))
+    curve: list[Plan] = []
+    for each in sorted(found, key=lambda each: (each.peak_bytes, each.recompute_flops)):
+        if not curve or each.recompute_flops < curve[-1].recompute_flops:
+            curve.append(each)
+    others = {
+        "every nth": [planned(schedule) for schedule in _every_nth(chain)],
+        "sqrt": [planned(schedules.sqrt(chain.depth, chain.needs_saved))],
+        "revolve": [planned(schedule) for schedule in _revolves(chain)],
+    }
+    return Tradeoff(curve, others)
+
+
 def price(
     network: HasLayers,
     batch_size: int,
@@ -132,16 +202,20 @@ def _optimal(chain: Chain, budget: int) -> tuple[list[Schedule], float | None]:
     free, unit = budget - chain.fixed, exact_unit(chain)
     if free < least:
         return [smallest], None
-    levels = MOST_CELLS // (depth * (depth + 1) // 2)
-    if free // unit < levels:
+    if free // unit < _levels(chain):
         optimum = Optimum(chain, free)
         return [optimum.schedule()], optimum.recompute_flops()
-    unit = free // levels + 1
+    unit = free // _levels(chain) + 1
     optimum, found = Optimum(chain, free, unit), [smallest, *_every_nth(chain), *_revolves(chain)]
     if optimum.feasible:
         found.append(optimum.schedule())
     del optimum  # the table is large
     return found, Optimum(chain, free, unit, round_up=False).recompute_flops()
+
+
+def _levels(chain: Chain) -> int:
+    """How many levels of memory a table may have."""
+    return MOST_CELLS // (chain.depth * (chain.depth + 1) // 2)
 
 
 def _every_nth(chain: Chain) -> Iterator[Schedule]:

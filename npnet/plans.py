@@ -10,7 +10,7 @@ from npnet import schedules
 from npnet.memory import format_bytes
 from npnet.optimal import smallest_budget
 from npnet.pricing import Chain, Moment, timeline
-from npnet.schedule import DROP, FORWARD, Schedule
+from npnet.schedule import BACKWARD, DROP, FORWARD, Schedule
 
 MOST_LAYERS = 400
 """Deeper chains are not planned exactly: the cheapest of `every_nth` and `revolve` that fits is taken."""
@@ -48,7 +48,7 @@ class Plan:
     @property
     def proven(self) -> bool:
         """No memory-persistent schedule within the budget recomputes less (see `npnet.optimal`)."""
-        return self.bound is not None and self.recompute_flops <= self.bound
+        return self.bound is not None and bool(self.recompute_flops <= self.bound)
 
     @property
     def peak_bytes(self) -> int:
@@ -79,6 +79,17 @@ class Plan:
     def overhead(self) -> float:
         """``recompute_flops`` over the flops of one plain step, forward and backward."""
         return self.recompute_flops / max(self.chain.step_flops, 1)
+
+    def row(self) -> dict[str, Any]:
+        """The figures, for tables and files."""
+        return {
+            "schedule": self.schedule.name,
+            "peak bytes": self.peak_bytes,
+            "extra forwards": self.extra_forwards,
+            "recompute flops": self.recompute_flops,
+            "overhead": round(self.overhead, 4),
+            "proven": self.proven,
+        }
 
     def describe(self) -> str:
         """The plan in words: what it takes, what is kept and why, how often each layer runs, what binds the peak."""
@@ -123,27 +134,29 @@ def _kept(plan: Plan) -> Iterator[str]:
     if not dropped:
         yield "kept: every activation, until its backward pass"
         return
-    yield f"kept on the way up: {_ranges(held)}"
+    yield f"kept on the way up: the outputs of {_layers(held)}"
     for layer in sorted(held):
         if layer + 1 in dropped:
-            last = next((other for other in sorted(held) if other > layer), plan.chain.depth + 1) - 1
-            yield f"  a_{layer} is a checkpoint: layers {_ranges(range(layer + 1, last + 1))} are run again from it"
+            end = next((other for other in sorted(held) if other > layer), plan.chain.depth + 1)
+            yield f"  a_{layer} is a checkpoint, {_layers(range(layer + 1, end))} run again from it"
     if 1 in dropped:
-        yield f"  layers {_ranges(range(1, min(held)))} are run again from the input"
-    yield f"dropped: {_ranges(dropped)}"
+        yield f"  a_0, the input, is one, {_layers(range(1, min(held)))} run again from it"
 
 
 def _runs(plan: Plan) -> Iterator[str]:
     forwards = plan.schedule.forwards
     for count in sorted(set(forwards.values())):
-        layers = _ranges(layer for layer, times in forwards.items() if times == count)
-        yield f"run forward {count} time{'s' * (count > 1)}: layers {layers}"
+        layers = _layers(layer for layer, times in forwards.items() if times == count)
+        yield f"run forward {count} time{'s' * (count > 1)}: {layers}"
 
 
 def _binding(plan: Plan) -> Iterator[str]:
     moment, chain = plan.binding, plan.chain
     layer = plan.layers[moment.action.layer - 1]
-    yield f"the peak is at {moment.action}, layer {layer}: {describe_moment(moment)}"
+    yield f"the peak is at {moment.action}, {layer}: {describe_moment(moment)}"
+    made = chain.parameter_gradients[moment.action.layer]
+    if moment.action.kind is BACKWARD and chain.streaming and made:
+        yield f"  (workspace: {format_bytes(made)} gradients of this layer's parameters, freed by their update)"
     if chain.depth <= MOST_LAYERS:
         least = smallest_budget(chain)[0] + chain.fixed
         if least >= 0.95 * chain.peak_bytes(schedules.none(chain.depth, chain.needs_saved)):
@@ -161,13 +174,14 @@ def remedies(plan: Plan) -> str:
     return "fewer parameters, half precision, an optimizer that keeps less"
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    """Numbers for people.
+def _layers(numbers: Iterable[int]) -> str:
+    """Numbers of layers for people.
 
-    >>> _ranges([1, 2, 3, 7])
-    '1-3, 7'
+    >>> _layers([1, 2, 3, 7])
+    'layers 1-3, 7'
     """
     runs = (
         [number for _, number in run] for _, run in groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0])
     )
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"layer {text}" if text.isdecimal() else f"layers {text}"

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npnet.measuring import StepCost
 from npnet.memory import format_bytes
-from npnet.training import History, StepCost
+from npnet.training import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

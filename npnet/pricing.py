@@ -148,7 +148,7 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
             change = held[layer]
         else:
             change = -held.pop(layer)
-            peak = before
+            peak = 0  # a drop takes nothing; backward: below
         if made[layer] in restarted:
             checkpoints += change
         else:

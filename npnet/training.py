@@ -1,9 +1,8 @@
-"""The training loop, and what one training step costs under one schedule or another."""
+"""The training loop."""
 
-import copy
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +13,6 @@ from npnet.datasets import batches
 from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, TrainingDiverged, accuracy, check_finite
-from npnet.memory import measure_peak
 from npnet.optimizers import Optimizer
 from npnet.random import RNG, as_generator
 from npnet.schedule import Schedule
@@ -185,66 +183,3 @@ def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair) -> None:
         raise TypeError(f"{name}: y has dtype {y.dtype}, the network {output.dtype}; convert with y.astype")
     check_no_nan(x, f"{name}: x")
     check_no_nan(y, f"{name}: y")
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """What a training step costs.
-
-    ``ratio`` is the median of the ratios, round by round, to the first schedule measured: it holds when the machine is
-    busy. ``peak_bytes`` counts all that npnet allocates for training (parameters, optimizer state, gradients,
-    activations), not the caller's data.
-    """
-
-    schedule: str
-    seconds: float
-    ratio: float
-    peak_bytes: int
-    extra_forwards: int
-
-
-def step_costs(
-    model: Sequential,
-    loss: Loss,
-    optimizer: Optimizer,
-    schedules: Iterable[Schedule],
-    x: Array,
-    y: Array,
-    rounds: int = 60,
-) -> list[StepCost]:
-    """Measure training steps on copies of the model: median times, untraced, of ``rounds`` rounds in which every
-    schedule takes one step, and the traced peak of building the copy and taking two steps.
-    """
-    plans, backend = list(schedules), backend_of(x).name
-    rounds = check_whole(rounds, "rounds", least=1)
-
-    def own_copy() -> tuple[Sequential, Optimizer]:
-        own_model, own_optimizer = copy.deepcopy((model, optimizer))
-        own_optimizer.learning_rate = 0.0  # the same arithmetic, and no number of steps diverges
-        return own_model, own_optimizer
-
-    def two_steps(plan: Schedule) -> None:
-        own_model, own_optimizer = own_copy()
-        for _ in range(2):  # the optimizer allocates its state in the first
-            train_step(own_model, loss, own_optimizer, plan, x, y)
-
-    peaks = [measure_peak(two_steps, plan, backend=backend).increase_bytes for plan in plans]
-    copies = [own_copy() for _ in plans]
-    times: list[list[float]] = [[] for _ in plans]
-    for round_number in range(rounds + 1):
-        turns = list(zip(copies, plans, times, strict=True))
-        for (own_model, own_optimizer), plan, seconds in turns if round_number % 2 else reversed(turns):
-            start = time.perf_counter()
-            train_step(own_model, loss, own_optimizer, plan, x, y)
-            if round_number:  # the first is warming up
-                seconds.append(time.perf_counter() - start)
-    return [
-        StepCost(
-            plan.name,
-            statistics.median(own),
-            statistics.median(mine / base for mine, base in zip(own, times[0], strict=True)),
-            peak,
-            plan.extra_forwards,
-        )
-        for plan, own, peak in zip(plans, times, peaks, strict=True)
-    ]

@@ -127,18 +127,18 @@ def price(schedule, chain):
 
 
 def some_chains(kind, seed, count):
-    """(chain, a budget): from below the least to above what keeping everything takes."""
+    """(chain, a budget from a bit less than the least that is enough to a bit more than keeping everything takes)."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         chain = random_chain(rng, kind, 1 + i % 6)
         most = price(none(chain.depth, chain.needs_saved), chain)
-        yield chain, int(rng.integers(max(most - 4 * chain.depth - 6, 0), most + 2))
+        yield chain, int(rng.integers(max(searched_budget(chain) - 3, 0), most + 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_persistent_schedule_within_the_budget_is_cheaper_and_the_one_found_fits(kind):
-    found = {"nothing": 0, "recomputation": 0, "plain": 0}
-    for chain, budget in some_chains(kind, 1, 510):
+    found = {"nothing": 0, "recomputation": 0, "plain": 0}  # how often what is found is that
+    for chain, budget in some_chains(kind, 1, 600):
         optimum, least = Optimum(chain, budget), searched_flops(chain, budget)
         assert optimum.recompute_flops() == least, (chain, budget)
         if least < math.inf:
@@ -157,7 +157,7 @@ def test_the_smallest_budget_is_enough_and_one_byte_less_is_not(kind):
         assert budget == searched_budget(chain) == price(schedule, chain), chain
         assert schedule.needs_saved == chain.needs_saved
         assert Optimum(chain, budget).recompute_flops() <= chain.recompute_flops(schedule)
-        assert Optimum(chain, budget - 1).recompute_flops() == math.inf
+        assert Optimum(chain, budget - 1).recompute_flops() == searched_flops(chain, budget - 1) == math.inf
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +178,7 @@ def test_more_bytes_never_cost_more_and_every_level_of_the_table_is_the_optimum_
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_coarser_unit_gives_schedules_that_fit_or_a_lower_bound(kind):
     worse = lower = 0
-    for chain, budget in some_chains(kind, 4, 300):
+    for chain, budget in some_chains(kind, 4, 150):
         exact, least = exact_unit(chain), Optimum(chain, budget).recompute_flops()
         assert Optimum(chain, budget, unit=exact).recompute_flops() == least
         assert not any(kept % exact for kept in (*chain.activation[1:-1], *chain.saved))

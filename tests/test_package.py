@@ -19,8 +19,20 @@ ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "npnet").glob("*.py"))}
 ORDER = [
     *("backend", "checks", "random", "initializers", "layer", "activations", "layers", "losses", "optimizers"),
-    *("schedule", "schedules", "pricing", "optimal", "memory", "plans", "planner", "checkpoint", "lending", "network"),
-    *("datasets", "training", "report", "plots"),
+    *(
+        "schedule",
+        "schedules",
+        "pricing",
+        "optimal",
+        "memory",
+        "plans",
+        "planner",
+        "checkpoint",
+        "lending",
+        "network",
+        "network_with_checkpointing",
+    ),
+    *("datasets", "training", "measuring", "report", "plots"),
     *("compare", "mnist", "cli"),
 ]
 """A file imports only from files before it in this list."""

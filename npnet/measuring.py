@@ -1,0 +1,156 @@
+"""What training steps cost, measured: time, peak bytes, and bytes action by action."""
+
+import copy
+import statistics
+import time
+import tracemalloc
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from npnet.backend import Array, backend_of
+from npnet.checks import check_whole
+from npnet.layer import Layer, Parameter, Saved
+from npnet.layers import Sequential
+from npnet.losses import Loss
+from npnet.memory import measure_peak, measuring
+from npnet.optimizers import Optimizer
+from npnet.schedule import DROP, Schedule
+from npnet.training import train_step
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a training step costs.
+
+    ``ratio`` is the median of the ratios, round by round, to the first schedule measured: it holds when the machine is
+    busy. ``peak_bytes`` counts all that npnet allocates for training (parameters, optimizer state, gradients,
+    activations), not the caller's data.
+    """
+
+    schedule: str
+    seconds: float
+    ratio: float
+    peak_bytes: int
+    extra_forwards: int
+
+
+def step_costs(
+    model: Sequential,
+    loss: Loss,
+    optimizer: Optimizer,
+    schedules: Iterable[Schedule],
+    x: Array,
+    y: Array,
+    rounds: int = 60,
+) -> list[StepCost]:
+    """Measure training steps on copies of the model: median times, untraced, of ``rounds`` rounds in which every
+    schedule takes one step, and the traced peak of building the copy and taking two steps.
+    """
+    plans, backend = list(schedules), backend_of(x).name
+    rounds = check_whole(rounds, "rounds", least=1)
+
+    def own_copy() -> tuple[Sequential, Optimizer]:
+        own_model, own_optimizer = copy.deepcopy((model, optimizer))
+        own_optimizer.learning_rate = 0.0  # the same arithmetic, and no number of steps diverges
+        return own_model, own_optimizer
+
+    def two_steps(plan: Schedule) -> None:
+        own_model, own_optimizer = own_copy()
+        for _ in range(2):  # the optimizer allocates its state in the first
+            train_step(own_model, loss, own_optimizer, plan, x, y)
+
+    peaks = [measure_peak(two_steps, plan, backend=backend).increase_bytes for plan in plans]
+    copies = [own_copy() for _ in plans]
+    times: list[list[float]] = [[] for _ in plans]
+    for round_number in range(rounds + 1):
+        turns = list(zip(copies, plans, times, strict=True))
+        for (own_model, own_optimizer), plan, seconds in turns if round_number % 2 else reversed(turns):
+            start = time.perf_counter()
+            train_step(own_model, loss, own_optimizer, plan, x, y)
+            if round_number:  # the first is warming up
+                seconds.append(time.perf_counter() - start)
+    return [
+        StepCost(
+            plan.name,
+            statistics.median(own),
+            statistics.median(mine / base for mine, base in zip(own, times[0], strict=True)),
+            peak,
+            plan.extra_forwards,
+        )
+        for plan, own, peak in zip(plans, times, peaks, strict=True)
+    ]
+
+
+def measure_timeline(
+    model: Sequential, loss: Loss, optimizer: Optimizer, schedule: Schedule, x: Array, y: Array
+) -> list[int]:
+    """The bytes of one training step, action by action: a number for each action of ``schedule``.
+
+    It is the traced peak during a forward or backward action, and what is left after a drop; all above what was there
+    before the step. To be compared with `npnet.Plan.timeline`, less its parameters and optimizer state: take a step
+    before, in which the optimizer allocates that. On NumPy only. Trains the model by this one step.
+
+    Raises:
+        RuntimeError: another measurement is running.
+    """
+    with measuring():
+        tracemalloc.start()
+        try:
+            meter = _Meter()
+            traced = Sequential(*(_Traced(layer, meter) for layer in model.layers))
+            meter.start()
+            train_step(traced, loss, optimizer, schedule, x, y)
+            meter.note()
+        finally:
+            tracemalloc.stop()
+    samples = iter(meter.samples)
+    result: list[int] = []
+    alive = 0
+    for kind, _ in schedule:
+        if kind is DROP:
+            result.append(alive)
+        else:
+            peak, alive = next(samples)
+            result.append(peak)
+    return result
+
+
+class _Meter:
+    """Notes (peak, alive) bytes for each action, when the next one begins: what was dropped in between is gone then."""
+
+    def start(self) -> None:
+        self.samples: list[tuple[int, int]] = []
+        self.base = tracemalloc.get_traced_memory()[0]
+        self.running = False
+
+    def note(self) -> None:
+        alive, peak = tracemalloc.get_traced_memory()
+        if self.running:
+            self.samples.append((peak - self.base, alive - self.base))
+        self.running = True
+        tracemalloc.reset_peak()
+
+
+class _Traced(Layer):
+    """A layer that tells the meter when it begins to work."""
+
+    def __init__(self, layer: Layer, meter: _Meter) -> None:
+        self.layer, self.meter = layer, meter
+        self.output_suffices = layer.output_suffices  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return repr(self.layer)
+
+    def parameters(self) -> list[Parameter]:
+        return self.layer.parameters()
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        self.meter.note()
+        return self.layer.forward(x)
+
+    def check_gradient(self, dy: Array, y: Array) -> None:
+        self.layer.check_gradient(dy, y)
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
+        self.meter.note()
+        return self.layer.backward_(dy, saved, needs_dx)

@@ -1,0 +1,123 @@
+"""The lab's network with gradient checkpointing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npnet import schedules
+from npnet.backend import Array
+from npnet.checks import check_list, check_whole
+from npnet.memory import parse_bytes
+from npnet.network import Network
+from npnet.planner import plan
+from npnet.plans import Plan
+from npnet.random import RNG
+from npnet.schedule import Schedule
+from npnet.schedules import ScheduleLike
+
+
+class NetworkWithCheckpointing(Network):
+    """The same network, trained with gradient checkpointing: same gradients, bit for bit, in less memory.
+
+    Args:
+        sizes, dtype, rng, backend: as for `Network`.
+        checkpoint_every_nth_layer: keep the output of every n-th layer, and recompute the others from there. 0 is
+            off, 1 keeps all.
+        schedule: instead of n, a `Schedule`, a name ("none", "sqrt", "revolve"), a list of actions or a function of the
+            depth.
+        memory_budget: instead, bytes or "20 MB": the most that a training step may take, as for `npnet.plan`. The
+            cheapest schedule is planned at the first batch, and again when the batch size changes.
+
+    Raises:
+        TypeError, ValueError: n is not a whole number >= 0, two of n, schedule and budget are given, or the schedule
+            does not fit the network.
+        InfeasibleBudget: (at a batch) no schedule keeps to the budget; nothing was computed.
+    """
+
+    memory_budget: int | None
+    plan: Plan | None
+    """The plan for the last batch size, where there is a budget."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        checkpoint_every_nth_layer: int = 0,
+        *,
+        schedule: ScheduleLike | None = None,
+        memory_budget: float | str | None = None,
+        dtype: npt.DTypeLike = np.float64,
+        rng: RNG = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(sizes, dtype=dtype, rng=rng, backend=backend)
+        self.checkpoint_every_nth_layer = checkpoint_every_nth_layer
+        self._restore = self._restore_through_lab
+        if bool(checkpoint_every_nth_layer) + (schedule is not None) + (memory_budget is not None) > 1:
+            raise ValueError("give one of checkpoint_every_nth_layer, schedule and memory_budget, not more")
+        if schedule is not None:
+            self._schedule = schedules.as_schedule(schedule, len(self.layers))
+        if memory_budget is not None:
+            self.memory_budget = parse_bytes(memory_budget)
+
+    @property
+    def schedule(self) -> Schedule:
+        """What a step computes, holds and recomputes; with a budget, that of the last batch."""
+        return self._schedule
+
+    def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:
+        if self.memory_budget is not None:
+            last = self.plan
+            if last is None or (last.batch_size, last.chain.streaming) != (batch_size, streaming):
+                self.plan = plan(self, batch_size, memory_budget=self.memory_budget, streaming=streaming)
+                self._schedule = self.plan.schedule
+        return self._schedule
+
+    @property
+    def checkpoint_every_nth_layer(self) -> int:
+        """n; assigning to it replaces the schedule, or the budget."""
+        return self._every
+
+    @checkpoint_every_nth_layer.setter
+    def checkpoint_every_nth_layer(self, n: int) -> None:
+        self._every = check_whole(n, "checkpoint_every_nth_layer")
+        self._schedule = schedules.every_nth(len(self.layers), n)
+        self.memory_budget = self.plan = None
+
+    def forward_between_checkpoints(self, a: Array, checkpoint_idx_start: int, layer_idx_end: int) -> list[Array]:
+        """Recompute activations from a checkpoint; `backprop` restores every segment through here.
+
+        Args:
+            a: the activation that layers[checkpoint_idx_start] takes, columns (features, batch).
+            checkpoint_idx_start: index of the first layer to run.
+            layer_idx_end: index behind the last layer to run.
+
+        Returns:
+            ``a`` and the outputs of the layers, columns: layer_idx_end - checkpoint_idx_start + 1 arrays.
+        """
+        if not 0 <= checkpoint_idx_start <= len(self.layers) >= layer_idx_end:
+            raise ValueError(
+                f"forward_between_checkpoints: expected layer indices from 0 to {len(self.layers)}, got "
+                f"{checkpoint_idx_start} and {layer_idx_end}"
+            )
+        rows, activations = (a if getattr(a, "dtype", None) == self.dtype else self._array(a, "a")).T, [a]
+        for layer in self.layers[checkpoint_idx_start:layer_idx_end]:
+            rows, _ = layer.forward(rows)
+            activations.append(rows.T)
+        return activations
+
+    def _restore_through_lab(self, a: Array, first: int, last: int) -> list[Array]:
+        activations = self.forward_between_checkpoints(a.T, first - 1, last)
+        method = getattr(self.forward_between_checkpoints, "__func__", None)
+        if method is not NetworkWithCheckpointing.forward_between_checkpoints:
+            activations = self._checked_activations(activations, len(a), first, last)
+        return [activation.T for activation in activations[1:]]
+
+    def _checked_activations(self, activations: Any, batch: int, first: int, last: int) -> list[Array]:
+        name, sizes = f"forward_between_checkpoints(a, {first - 1}, {last})", self.sizes[first - 1 : last + 1]
+        checked = [self._array(array, name) for array in check_list(activations, len(sizes), name)]
+        for array, size in zip(checked, sizes, strict=True):
+            if array.shape != (size, batch):
+                raise ValueError(f"{name}: expected an activation of shape {size, batch}, got {array.shape}")
+        return checked
