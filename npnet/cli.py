@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The command line: npnet train | compare | data."""
+"""The command line: npnet train | plan | compare | data."""
 
 import argparse
 import sys
@@ -15,7 +15,10 @@ from npnet.activations import ACTIVATIONS
 from npnet.backend import BackendUnavailable, get_backend
 from npnet.checks import check_number, check_sizes, check_whole
 from npnet.losses import LOSSES, TrainingDiverged
+from npnet.memory import parse_bytes
 from npnet.optimizers import OPTIMIZERS
+from npnet.plan_report import plan_report
+from npnet.plans import InfeasibleBudget
 from npnet.report import Table, describe_sizes, write_json
 from npnet.schedules import ScheduleLike
 
@@ -25,8 +28,16 @@ examples:
   npnet train --out runs/mnist              and metrics.json, metrics.csv, training.png
   npnet train --checkpoint-every 0          the same training without checkpointing
   npnet train --checkpoint-every 4          a checkpoint every 4 layers
+  npnet train --memory-budget "8 MB"        the cheapest schedule that keeps to 8 MB
   npnet train --classic                     the lab exercise: sigmoid, quadratic cost, in order, eta 3
   npnet train --arch 784,256x4,10 --activation tanh --optimizer sgd --learning-rate 0.1
+"""
+PLAN_EXAMPLES = """\
+examples:
+  npnet plan                                what a step of npnet train takes under the usual strategies
+  npnet plan --memory-budget 8MB            and the cheapest schedule for 8 MB, in words
+  npnet plan --arch 784,30x50,10 --batch-size 4096 --every 7 --plot plan.png
+  npnet plan --memory-budget 8MB --json plan.json
 """
 COMPARE_EXAMPLES = """\
 examples:
@@ -59,13 +70,14 @@ def parse_arch(text: str) -> tuple[int, ...]:
 
 
 def parse_checkpoints(text: str) -> ScheduleLike:
-    """What --checkpoint-every takes: "sqrt" or a number of layers."""
-    if text == "sqrt":
-        return schedules.sqrt
+    """What --checkpoint-every takes: a number of layers, "sqrt" or "revolve"."""
+    if text in schedules.MAKERS:
+        return text
     try:
         n = int(text)
     except ValueError:
-        raise ValueError(f"expected a whole number of layers, 0 (off) or sqrt, got {text!r}") from None
+        names = ", ".join(schedules.MAKERS)
+        raise ValueError(f"expected a whole number of layers (0: off), or one of {names}, got {text!r}") from None
     check_whole(n, "the number of layers")
     return lambda depth: schedules.every_nth(depth, n)
 
@@ -80,6 +92,15 @@ def parse_out(text: str) -> Path:
     except OSError as error:
         raise ValueError(f"cannot write to the folder {text}: {error.strerror or error}") from None
     return folder
+
+
+def parse_file(text: str) -> Path:
+    """A file that can be written: its folder exists from now on."""
+    path = Path(text)
+    if path.is_dir():
+        raise ValueError(f"expected a file to write, {text} is a folder")
+    parse_out(str(path.parent))
+    return path
 
 
 def _type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -126,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="npnet", description="Neural networks in NumPy, trained in less memory by gradient checkpointing."
     )
     parser.add_argument("--version", action="version", version=f"npnet {npnet.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | compare | data")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | plan | compare | data")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str, examples: str) -> Any:
         sub = commands.add_parser(
@@ -136,13 +157,32 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     train = command("train", run_train, "Train on MNIST, and measure time and memory of a step.", TRAIN_EXAMPLES)
-    train.add_argument("--classic", action="store_true", help="the lab exercise's set-up; options override parts of it")
-    train.add_argument(
-        "--arch", type=_type(parse_arch), help=f"layer sizes, 128x20 for twenty of 128 {default('arch')}"
+    plan = command(
+        "plan", run_plan, "What a training step will take, and the cheapest schedule for a budget.", PLAN_EXAMPLES
     )
-    train.add_argument("--activation", choices=ACTIVATIONS, help=f"of the hidden layers {default('activation')}")
-    train.add_argument("--loss", choices=LOSSES, help=default("loss"))
-    train.add_argument("--optimizer", choices=OPTIMIZERS, help=default("optimizer"))
+    for sub in (train, plan):
+        sub.add_argument(
+            "--classic", action="store_true", help="the lab exercise's set-up; options override parts of it"
+        )
+        sub.add_argument(
+            "--arch", type=_type(parse_arch), help=f"layer sizes, 128x20 for twenty of 128 {default('arch')}"
+        )
+        sub.add_argument("--activation", choices=ACTIVATIONS, help=f"of the hidden layers {default('activation')}")
+        sub.add_argument("--loss", choices=LOSSES, help=default("loss"))
+        sub.add_argument("--optimizer", choices=OPTIMIZERS, help=default("optimizer"))
+        sub.add_argument(
+            "--batch-size", type=_type(whole("batch size", 1)), help=f"samples a step {default('batch_size')}"
+        )
+        sub.add_argument("--dtype", choices=["float32", "float64"], help=default("dtype"))
+        strategy = sub.add_mutually_exclusive_group()
+        strategy.add_argument(
+            "--checkpoint-every", "--every", type=_type(parse_checkpoints), default="sqrt", metavar="N",
+            help="layers between checkpoints; 0: keep everything; sqrt (default): the depth's square root; revolve",
+        )  # fmt: skip
+        strategy.add_argument(
+            "--memory-budget", type=_type(parse_bytes), metavar="SIZE",
+            help="bytes, 20MB or 20MiB: the cheapest schedule with which a step never takes more",
+        )  # fmt: skip
     train.add_argument(
         "--learning-rate", "--lr", "--eta", type=_type(number("the learning rate")), help=default("learning_rate")
     )
@@ -150,17 +190,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--decay", choices=["none", "linear"], help=f"linear: the learning rate falls to zero {default('decay')}"
     )
     train.add_argument("--epochs", type=_type(whole("epochs", 1)), help=f"passes over the data {default('epochs')}")
-    train.add_argument(
-        "--batch-size", type=_type(whole("batch size", 1)), help=f"samples a step {default('batch_size')}"
-    )
-    train.add_argument(
-        "--checkpoint-every", type=_type(parse_checkpoints), default="sqrt", metavar="N",
-        help="layers between checkpoints; 0: keep everything; sqrt (default): the square root of the depth",
-    )  # fmt: skip
-    train.add_argument("--dtype", choices=["float32", "float64"], help=default("dtype"))
     train.add_argument("--backend", help="numpy or cupy (default: $NPNET_BACKEND, else numpy)")
     train.add_argument("--samples", type=_type(whole("samples", 1)), help="train on the first SAMPLES images only")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
+    plan.add_argument(
+        "--plot", type=_type(parse_file), metavar="FILE", help="draw timelines and the trade-off (.png, .svg)"
+    )
+    plan.add_argument(
+        "--json", type=_type(parse_file), metavar="FILE", help="write the plan as JSON, timeline included"
+    )
     compare = command(
         "compare", run_compare, "The lab exercise's report: accuracy, time, memory, with and without checkpointing.",
         COMPARE_EXAMPLES,
@@ -179,20 +217,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_train(options: argparse.Namespace) -> int:
-    """npnet train."""
+def settings_of(options: argparse.Namespace) -> mnist.Settings:
+    """The defaults, with what was given in place of parts of them."""
     settings = mnist.CLASSIC if options.classic else mnist.MODERN
     given = {field.name: getattr(options, field.name, None) for field in fields(settings)}
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """npnet train."""
     mnist.train(
-        settings,
+        settings_of(options),
         options.checkpoint_every,
         get_backend(options.backend),
+        memory_budget=options.memory_budget,
         data=options.data,
         samples=options.samples,
         out=options.out,
         log=not options.quiet,
     )
+    return 0
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """npnet plan."""
+    plan_report(settings_of(options), options.checkpoint_every, options.memory_budget, options.json, options.plot)
     return 0
 
 
@@ -243,6 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except InfeasibleBudget as error:
+        print(f"npnet {options.command}: {error}", file=sys.stderr)
+        return 1
     except MemoryError as error:
         print(
             f"npnet {options.command}: out of memory ({error}); try a smaller --arch or --batch-size", file=sys.stderr

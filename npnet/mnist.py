@@ -17,9 +17,10 @@ from npnet.measuring import StepCost, step_costs
 from npnet.memory import format_bytes
 from npnet.network import Network
 from npnet.optimizers import OPTIMIZERS
+from npnet.planner import plan
 from npnet.plots import save_training
 from npnet.report import Table, describe_sizes, write_json
-from npnet.schedules import ScheduleLike, as_schedule, none
+from npnet.schedules import ScheduleLike
 from npnet.training import History, fit
 
 
@@ -59,6 +60,7 @@ def train(
     checkpoints: ScheduleLike,
     backend: Backend,
     *,
+    memory_budget: float | str | None = None,
     data: str | None = None,
     samples: int | None = None,
     out: Path | None = None,
@@ -68,26 +70,35 @@ def train(
 
     Args:
         checkpoints: the schedule to train with; plain backpropagation is measured beside it.
+        memory_budget: instead of it, bytes or "20 MB": the cheapest schedule for this budget is planned.
         data: MNIST's file or folder, if it is not to be searched.
         samples: train on the first so many only.
         out: an existing folder, or None.
         log: show progress bars.
 
     Raises:
+        InfeasibleBudget: no schedule keeps to the budget.
         TrainingDiverged, KeyboardInterrupt: after what was measured so far is printed and written.
     """
     if settings.arch[0] != 784 or settings.arch[-1] != 10:
         raise ValueError(f"MNIST needs 784 inputs and 10 outputs, the network is {describe_sizes(settings.arch)}")
     model = build(settings, backend)
-    schedule, plain = as_schedule(checkpoints, len(model.layers)), none(len(model.layers))
     loss, optimizer = LOSSES[settings.loss](), OPTIMIZERS[settings.optimizer](settings.learning_rate)
+    strategy = checkpoints if memory_budget is None else "optimal"
+    plans = [
+        plan(model, settings.batch_size, strategy=how, memory_budget=budget, loss=loss, optimizer=optimizer)
+        for how, budget in (("none", None), (strategy, memory_budget))
+    ]
     print("loading MNIST", flush=True)
     training_data, test_data = _load(settings, backend, data, samples)
 
-    title = f"{settings}, checkpoints: {schedule.name}"
+    title = f"{settings}, checkpoints: {plans[-1].schedule.name}"
     print(title, flush=True)
+    if memory_budget is not None:
+        print(f"\n{plans[-1].describe()}\n", flush=True)
     x, y = (part[: settings.batch_size] for part in training_data)
-    costs = step_costs(model, loss, optimizer, dict.fromkeys((plain, schedule)), x, y)
+    predicted = {each.schedule: each.peak_bytes for each in plans}
+    costs = step_costs(model, loss, optimizer, predicted, x, y)
 
     history, outcome = History(), "finished"
     try:
@@ -98,7 +109,7 @@ def train(
             optimizer=optimizer,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
-            schedule=schedule,
+            schedule=plans[-1].schedule,
             test_data=test_data,
             rng=settings.seed,
             shuffle=not settings.exercise,
@@ -114,7 +125,7 @@ def train(
         outcome = f"diverged: {error}"
         raise
     finally:
-        _report(settings, title, history, costs, outcome, out)
+        _report(settings, title, history, costs, list(predicted.values()), outcome, out)
 
 
 def build(settings: Settings, backend: Backend) -> Sequential:
@@ -141,9 +152,15 @@ def _load(settings: Settings, backend: Backend, data: str | None, samples: int |
 
 
 def _report(
-    settings: Settings, title: str, history: History, costs: list[StepCost], outcome: str, out: Path | None
+    settings: Settings,
+    title: str,
+    history: History,
+    costs: list[StepCost],
+    predicted: list[int],
+    outcome: str,
+    out: Path | None,
 ) -> None:
-    table = Table("costs", "A training step, measured before the training", _compared(costs))
+    table = Table("costs", "A training step, measured before the training", _compared(costs, predicted))
     if history.accuracy is not None:
         print(f"\ntest accuracy {100 * history.accuracy:.2f} %, {history.seconds:.1f} s in training steps ({outcome})")
     print(f"\n{table}")
@@ -165,7 +182,7 @@ def _report(
     print(f"\nresults in {out}")
 
 
-def _compared(costs: list[StepCost]) -> list[dict[str, Any]]:
+def _compared(costs: list[StepCost], predicted: list[int]) -> list[dict[str, Any]]:
     """A row per schedule, with ratios to the first."""
     base = costs[0]
     return [
@@ -176,6 +193,7 @@ def _compared(costs: list[StepCost]) -> list[dict[str, Any]]:
             "time ratio": round(cost.ratio, 3),
             "peak bytes": cost.peak_bytes,
             "memory ratio": round(cost.peak_bytes / base.peak_bytes, 3),
+            "predicted bytes": bytes_,
         }
-        for cost in costs
+        for cost, bytes_ in zip(costs, predicted, strict=True)
     ]

@@ -29,7 +29,8 @@ class HasLayers(Protocol):
     """What can be planned: `npnet.Sequential`, `npnet.Network`."""
 
     @property
-    def layers(self) -> Sequence[Layer]: ...
+    def layers(self) -> Sequence[Layer]:
+        """The chain."""
 
 
 def plan(

@@ -14,6 +14,7 @@ from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, TrainingDiverged, accuracy, check_finite
 from npnet.optimizers import Optimizer
+from npnet.planner import plan
 from npnet.random import RNG, as_generator
 from npnet.schedule import Schedule
 from npnet.schedules import ScheduleLike, as_schedule
@@ -88,6 +89,7 @@ def fit(
     epochs: int,
     batch_size: int,
     schedule: ScheduleLike = "none",
+    memory_budget: float | str | None = None,
     test_data: Pair | None = None,
     rng: RNG = None,
     shuffle: bool = True,
@@ -102,6 +104,8 @@ def fit(
         training_data, test_data: (x, y), rows; accuracy on the test data is measured after each epoch.
         batch_size: samples a step; the last batch of an epoch takes what is left.
         schedule: what to keep and what to recompute; see `npnet.schedules.as_schedule`.
+        memory_budget: instead, bytes or "20 MB": the most that a training step may take. The cheapest schedule for it
+            is planned (`npnet.plan`). The batch is data, and not counted.
         rng: seed or generator of the shuffling.
         shuffle: False takes the samples in order.
         decay: let the learning rate fall linearly to zero over these epochs (Li, Yumer & Ramanan, "Budgeted
@@ -112,6 +116,7 @@ def fit(
 
     Raises:
         ValueError: the data do not fit the model, hold NaN, or are fewer than a batch.
+        InfeasibleBudget: no schedule keeps to the budget.
         TrainingDiverged: the loss is not finite, with the epoch and the step.
     """
     from tqdm.auto import tqdm
@@ -121,7 +126,11 @@ def fit(
             raise TypeError(f"{name}: expected a {kind.__name__}, such as {_EXAMPLES[name]}, got {given!r}")
     history = History() if history is None else history
     epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
-    plan, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
+    if memory_budget is not None:
+        if schedule != "none":
+            raise ValueError("give schedule or memory_budget, not both")
+        schedule = plan(model, batch_size, memory_budget=memory_budget, loss=loss, optimizer=optimizer).schedule
+    schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
     for name, pair in (("training data", training_data), ("test data", test_data)):
         if pair is not None:
             _check_data(model, loss, name, pair)
@@ -140,7 +149,7 @@ def fit(
                 start = time.perf_counter()
                 if decay:
                     optimizer.learning_rate = rate * (1 - ((number - first) * steps + len(losses)) / (epochs * steps))
-                losses.append(train_step(model, loss, optimizer, plan, *batch))
+                losses.append(train_step(model, loss, optimizer, schedule, *batch))
                 seconds += time.perf_counter() - start
                 if log:
                     progress.set_postfix(_readings(losses, history.accuracy, show), refresh=False)

@@ -147,7 +147,7 @@ def interrupt() -> None:
 
 
 def test_one_measurement_at_a_time_in_this_thread() -> None:
-    with pytest.raises(RuntimeError, match="measure_peak: another measurement is running; measure one call at a time"):
+    with pytest.raises(RuntimeError, match="another measurement is running; measure one call at a time"):
         measure_peak(measure_peak, keep_one, 10)
     assert measure_peak(keep_one, MB).increase_bytes >= MB
 

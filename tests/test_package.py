@@ -33,7 +33,7 @@ ORDER = [
         "network_with_checkpointing",
     ),
     *("datasets", "training", "measuring", "report", "plots"),
-    *("compare", "mnist", "cli"),
+    *("compare", "mnist", "plan_report", "cli"),
 ]
 """A file imports only from files before it in this list."""
 

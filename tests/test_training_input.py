@@ -7,7 +7,7 @@ import pytest
 
 import npnet
 from npnet import schedules
-from npnet.training import step_costs
+from npnet.measuring import step_costs
 from tests.guard import install_guard
 from tests.test_training import Stops, interrupt, model, problem, run, same, weights
 
