@@ -4,7 +4,7 @@ Where to start reading: `npnet.layer` (layers that never remember), `npnet.sched
 recompute, as a list of actions), `npnet.checkpoint` (the forty lines that run such a list).
 """
 
-from npnet.activations import Activation, Identity, ReLU, Sigmoid, Tanh
+from npnet.activations import Activation, Identity, ReLU, Sigmoid, Softmax, Tanh
 from npnet.backend import (
     BackendUnavailable,
     array_module,
@@ -15,11 +15,12 @@ from npnet.backend import (
     to_host,
     use_backend,
 )
+from npnet.blocks import GELU, Dropout, LayerNorm, Residual
 from npnet.checkpoint import backpropagate
 from npnet.datasets import DataError, batches, load_mnist, one_hot
 from npnet.layer import Layer, LayerCost, Parameter
-from npnet.layers import Dense, Sequential, mlp
-from npnet.losses import Loss, MeanSquaredError, Quadratic, SoftmaxCrossEntropy, TrainingDiverged
+from npnet.layers import Dense, Linear, Sequential, mlp
+from npnet.losses import BCEWithLogits, Loss, MeanSquaredError, Quadratic, SoftmaxCrossEntropy, TrainingDiverged
 from npnet.measuring import measure_timeline, step_costs
 from npnet.memory import MemoryReport, measure_peak, measure_rss_peak
 from npnet.network import Network
@@ -27,24 +28,30 @@ from npnet.network_with_checkpointing import NetworkWithCheckpointing
 from npnet.optimizers import SGD, Adam, Optimizer
 from npnet.planner import Tradeoff, plan, tradeoff
 from npnet.plans import InfeasibleBudget, Plan
+from npnet.random import set_seed
 from npnet.schedule import InvalidSchedule, Schedule
 from npnet.training import History, fit, train_step
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GELU",
     "SGD",
     "Activation",
     "Adam",
+    "BCEWithLogits",
     "BackendUnavailable",
     "DataError",
     "Dense",
+    "Dropout",
     "History",
     "Identity",
     "InfeasibleBudget",
     "InvalidSchedule",
     "Layer",
     "LayerCost",
+    "LayerNorm",
+    "Linear",
     "Loss",
     "MeanSquaredError",
     "MemoryReport",
@@ -55,9 +62,11 @@ __all__ = [
     "Plan",
     "Quadratic",
     "ReLU",
+    "Residual",
     "Schedule",
     "Sequential",
     "Sigmoid",
+    "Softmax",
     "SoftmaxCrossEntropy",
     "Tanh",
     "Tradeoff",
@@ -76,6 +85,7 @@ __all__ = [
     "one_hot",
     "plan",
     "register_backend",
+    "set_seed",
     "step_costs",
     "to_backend",
     "to_host",

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from npnet.backend import Array
-from npnet.layer import Layer, Saved, needs_saved
+from npnet.layer import KindError, Layer, Saved, ShapeError, needs_saved
+from npnet.random import one_step
 from npnet.schedule import DROP, FORWARD, Schedule
 
 Restore = Callable[[Array, int, int], Sequence[Array]]
@@ -52,7 +53,8 @@ def backpropagate(
         first = min(unsaved)
         raise ValueError(f"layer {first} ({layers[first - 1]}) needs what it saved: make the schedule with needs_saved")
     try:
-        _run(layers, schedule, x, output_gradient, after_backward, restore)
+        with one_step():  # whatever is run again in it draws the same random numbers again
+            _run(layers, schedule, x, output_gradient, after_backward, restore)
     except BaseException:  # Ctrl-C, too: the next pass must not add to the half of this one
         clear_gradients(layers)
         raise
@@ -83,7 +85,10 @@ def _run(
                 held.update(enumerate(restore(held[first - 1], first, last), first))
                 continue
             for number in range(first, last + 1):
-                held[number], kept = layers[number - 1].forward(held[number - 1])
+                try:
+                    held[number], kept = layers[number - 1].forward(held[number - 1])
+                except (ShapeError, KindError) as error:
+                    raise error.within(str(number - 1)) from None
                 if saves:
                     saved[number] = kept
                 del kept  # a name would hold the activations beyond their time

@@ -37,7 +37,7 @@ examples:
   npnet plan                                what a step of npnet train takes under the usual strategies
   npnet plan --memory-budget 8MB            and the cheapest schedule for 8 MB, in words
   npnet plan --arch 784,30x50,10 --batch-size 4096 --every 7 --plot plan.png
-  npnet plan --memory-budget 8MB --json plan.json
+  npnet plan --memory-budget 8MB --measure --json plan.json
 """
 COMPARE_EXAMPLES = """\
 examples:
@@ -193,6 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--backend", help="numpy or cupy (default: $NPNET_BACKEND, else numpy)")
     train.add_argument("--samples", type=_type(whole("samples", 1)), help="train on the first SAMPLES images only")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
+    plan.add_argument("--measure", action="store_true", help="run steps on random data too, beside what is predicted")
     plan.add_argument(
         "--plot", type=_type(parse_file), metavar="FILE", help="draw timelines and the trade-off (.png, .svg)"
     )
@@ -241,7 +242,14 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     """npnet plan."""
-    plan_report(settings_of(options), options.checkpoint_every, options.memory_budget, options.json, options.plot)
+    plan_report(
+        settings_of(options),
+        options.checkpoint_every,
+        options.memory_budget,
+        measure=options.measure,
+        json=options.json,
+        picture=options.plot,
+    )
     return 0
 
 

@@ -9,12 +9,12 @@ sum of what somebody kept.
 Batches are rows, (batch, features); weights are (out, in), as in PyTorch.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from npnet.backend import Array
+from npnet.backend import Array, backend_of, to_backend, to_host
 
 Pair: TypeAlias = tuple[Array, Array]
 """Data to learn from, (x, y), a row per sample each: (samples, features) and (samples, outputs)."""
@@ -74,6 +74,29 @@ class LayerCost(NamedTuple):
     backward_flops: int
 
 
+class _Located(Exception):
+    """An error that says where in the model it happened: each model that it passes through puts a name in front."""
+
+    path: tuple[str, ...] = ()
+
+    def within(self, name: str) -> Self:
+        """The same error, seen from the model in which the layer is called ``name``."""
+        self.path = (name, *self.path)
+        return self
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"layer {'.'.join(self.path)}, {text}" if self.path else text
+
+
+class ShapeError(_Located, ValueError):
+    """A layer cannot take an array of this shape."""
+
+
+class KindError(_Located, TypeError):
+    """A layer cannot take an array of this dtype, or of this backend."""
+
+
 class Layer:
     """One link of a chain: a_l = f_l(a_{l-1}), with its derivative."""
 
@@ -99,9 +122,67 @@ class Layer:
         """
         return self.backward(dy, saved)
 
+    training: bool = True
+    """Set by `train` and `eval`; what a layer does differently while it is being trained, it decides by this."""
+
+    def __call__(self, x: Array) -> Array:
+        """The output alone."""
+        return self.forward(x)[0]
+
+    def children(self) -> "dict[str, Layer]":
+        """The layers inside this one, by name: its attributes that are layers."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
+
+    def named_parameters(self, prefix: str = "") -> dict[str, Parameter]:
+        """All parameters by their path in the model, such as "2.inner.0.weight", in a fixed order."""
+        found = {prefix + name: value for name, value in vars(self).items() if isinstance(value, Parameter)}
+        for name, child in self.children().items():
+            found |= child.named_parameters(f"{prefix}{name}.")
+        return found
+
     def parameters(self) -> list[Parameter]:
-        """The parameters, in a fixed order."""
-        return []
+        """All parameters, in a fixed order."""
+        return list(self.named_parameters().values())
+
+    def train(self, mode: bool = True) -> Self:
+        """Train from now on (dropout drops, `npnet.checkpoint` checkpoints), with all layers inside."""
+        self.training = bool(mode)
+        for child in self.children().values():
+            child.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Evaluate from now on: ``train(False)``."""
+        return self.train(False)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of all parameters on the host, by their path."""
+        return {name: to_host(each.value).copy() for name, each in self.named_parameters().items()}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Put copies of the arrays of ``state`` in the parameters' places: all, or none if one does not fit.
+
+        Raises:
+            TypeError: ``state`` is no mapping to arrays of numbers.
+            ValueError: names are missing or unknown, or an array has another shape.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"load_state_dict: expected what state_dict() returns, got {type(state).__name__}")
+        own = self.named_parameters()
+        for problem, names in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
+            if names:
+                raise ValueError(f"load_state_dict: the state {problem} {', '.join(sorted(map(str, names)))}")
+        fresh = {}
+        for name, each in own.items():
+            array = to_host(state[name])
+            if array.dtype.kind not in "fiu":
+                raise TypeError(f"load_state_dict: {name}: expected real numbers, got dtype {array.dtype}")
+            if array.shape != each.value.shape:
+                raise ValueError(f"load_state_dict: {name}: expected shape {each.value.shape}, got {array.shape}")
+            copied = np.array(array, each.value.dtype, order="F")
+            fresh[name] = to_backend(copied, backend_of(each.value).name)
+        for name, each in own.items():
+            each.value, each.lent = fresh[name], False
 
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
         """What the layer takes for an input of this shape, (batch, features), and dtype: read by `npnet.planner`.

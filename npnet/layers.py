@@ -9,8 +9,8 @@ import numpy.typing as npt
 from npnet.activations import INITIALIZERS, Activation, as_activation
 from npnet.backend import Array, array_module, backend_of, ones, to_backend
 from npnet.checks import check_float, check_sizes
-from npnet.initializers import Initializer, xavier_normal
-from npnet.layer import Layer, LayerCost, Parameter, Saved
+from npnet.initializers import Initializer, as_initializer, xavier_normal
+from npnet.layer import KindError, Layer, LayerCost, Parameter, Saved, ShapeError
 from npnet.random import RNG, as_generator
 
 
@@ -20,7 +20,8 @@ class Dense(Layer):
     Args:
         in_features, out_features: sizes of a row of x and of y.
         activation: "sigmoid", "tanh", "relu", "identity", or an `Activation`.
-        initializer: of the weight; by default the one that suits the activation. Biases start at zero.
+        initializer: of the weight, by name or a function; by default the one that suits the activation. Biases start at
+            zero.
         dtype: of parameters and activations.
         rng: seed or generator.
         backend: where the parameters live; the current backend by default.
@@ -37,7 +38,7 @@ class Dense(Layer):
         out_features: int,
         activation: str | Activation = "relu",
         *,
-        initializer: Initializer | None = None,
+        initializer: str | Initializer | None = None,
         dtype: npt.DTypeLike = np.float32,
         rng: RNG = None,
         backend: str | None = None,
@@ -47,7 +48,7 @@ class Dense(Layer):
         dtype = check_float(dtype)
         if initializer is None:
             initializer = INITIALIZERS.get(type(self.activation), xavier_normal)
-        weight = initializer((out_features, in_features), as_generator(rng))
+        weight = as_initializer(initializer)((out_features, in_features), as_generator(rng))
         if weight.shape != (out_features, in_features):
             raise ValueError(f"initializer: expected shape {out_features, in_features}, got {weight.shape}")
         # Fortran order makes W.T contiguous: x @ W.T is then up to twice as fast on thin layers.
@@ -88,7 +89,7 @@ class Dense(Layer):
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
         batch, features = shape
         if features != self.in_features:
-            raise ValueError(f"{self}: expected rows of {self.in_features} features, got {features}")
+            raise ShapeError(f"{self}: expected rows of {self.in_features} features, got {features}")
         activation = self.activation.cost((batch, self.out_features), dtype)
         product = 2 * batch * self.in_features * self.out_features  # flops
         gradients = sum(parameter.value.nbytes for parameter in self.parameters())
@@ -108,13 +109,37 @@ class Dense(Layer):
         """What was wrong with an ``x`` that the product refused."""
         weight = self.weight.value
         if backend_of(x) is not backend_of(weight):
-            return TypeError(
+            return KindError(
                 f"{self}: the input is on backend {backend_of(x).name!r}, the weights on {backend_of(weight).name!r}; "
                 "move the input with npnet.to_backend"
             )
         if x.ndim != 2 or x.shape[1] != self.in_features:
-            return ValueError(f"{self}: expected rows of shape (batch, {self.in_features}), got {x.shape}")
-        return TypeError(f"{self}: the input has dtype {x.dtype}, the weights {weight.dtype}; convert with x.astype")
+            return ShapeError(f"{self}: expected rows of shape (batch, {self.in_features}), got {x.shape}")
+        return KindError(f"{self}: the input has dtype {x.dtype}, the weights {weight.dtype}; convert with x.astype")
+
+
+class Linear(Dense):
+    """y = x W^T + b: a `Dense` layer with the identity as its activation, by PyTorch's name.
+
+    Args: as for `Dense`; the initializer is by default Xavier's.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        initializer: str | Initializer | None = None,
+        dtype: npt.DTypeLike = np.float32,
+        rng: RNG = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, "identity", initializer=initializer, dtype=dtype, rng=rng, backend=backend
+        )
+
+    def __repr__(self) -> str:
+        return f"Linear({self.in_features}, {self.out_features})"
 
 
 class Sequential(Layer):
@@ -136,13 +161,16 @@ class Sequential(Layer):
     def __repr__(self) -> str:
         return f"Sequential({', '.join(map(repr, self.layers))})"
 
-    def parameters(self) -> list[Parameter]:
-        return [parameter for layer in self.layers for parameter in layer.parameters()]
+    def children(self) -> dict[str, Layer]:
+        return {str(number): layer for number, layer in enumerate(self.layers)}
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         saved = []
-        for layer in self.layers:
-            x, kept = layer.forward(x)
+        for number, layer in enumerate(self.layers):
+            try:
+                x, kept = layer.forward(x)
+            except (ShapeError, KindError) as error:
+                raise error.within(str(number)) from None
             saved.append(kept)
         return x, saved
 
@@ -161,7 +189,10 @@ class Sequential(Layer):
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
         costs: list[LayerCost] = []
         for number, layer in enumerate(self.layers):
-            costs.append(layer.cost(shape, dtype, needs_dx or number > 0))
+            try:
+                costs.append(layer.cost(shape, dtype, needs_dx or number > 0))
+            except ShapeError as error:
+                raise error.within(str(number)) from None
             shape = costs[-1].output_shape
         saved = forward_bytes = backward_bytes = gradients = dx = 0
         for cost in costs:
@@ -185,8 +216,11 @@ class Sequential(Layer):
     @np.errstate(over="ignore", invalid="ignore")
     def predict(self, x: Array) -> Array:
         """The output alone: nothing is saved, two activations are alive at a time."""
-        for layer in self.layers:
-            x, _ = layer.forward(x)
+        for number, layer in enumerate(self.layers):
+            try:
+                x, _ = layer.forward(x)
+            except (ShapeError, KindError) as error:
+                raise error.within(str(number)) from None
         return x
 
 
@@ -195,7 +229,7 @@ def mlp(
     activation: str | Activation = "relu",
     output: str | Activation = "identity",
     *,
-    initializer: Initializer | None = None,
+    initializer: str | Initializer | None = None,
     dtype: npt.DTypeLike = np.float32,
     rng: RNG = None,
     backend: str | None = None,

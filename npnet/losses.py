@@ -158,8 +158,40 @@ class SoftmaxCrossEntropy(Loss):
             )
 
 
+class BCEWithLogits(Loss):
+    """L = -1/(batch * features) * sum of t log s(z) + (1 - t) log(1 - s(z)), s the sigmoid; gradient (s(z) - t) / size.
+
+    As ``torch.nn.BCEWithLogitsLoss``: binary cross-entropy of logits, for targets in [0, 1]. Written as
+    max(z, 0) - z t + log(1 + e^-|z|) it never overflows.
+    """
+
+    loss_arrays = 2
+
+    def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
+        _check_pair(output, target)
+        xp, scale = array_module(output), 1.0 / output.size
+        small = xp.abs(output)  # (batch, features)
+        xp.negative(small, out=small)
+        xp.exp(small, out=small)  # e^-|z|, in (0, 1]
+        softplus = xp.log1p(small).sum() + xp.maximum(output, 0).sum()
+        value = (softplus - xp.dot(output.ravel(), target.ravel())) * scale
+        gradient = xp.minimum(output, 0)
+        xp.exp(gradient, out=gradient)
+        xp.add(small, 1, out=small)
+        xp.divide(gradient, small, out=gradient)  # s(z) = e^min(z, 0) / (1 + e^-|z|)
+        xp.subtract(gradient, target, out=gradient)
+        xp.multiply(gradient, scale, out=gradient)
+        return value, gradient
+
+    def check_targets(self, targets: Array, features: int) -> None:
+        super().check_targets(targets, features)
+        if not (float(targets.min()) >= 0 and float(targets.max()) <= 1):  # written so that NaN is refused, too
+            raise ValueError("targets: binary cross-entropy needs values from 0 to 1")
+
+
 LOSSES: dict[str, type[Loss]] = {
     "quadratic": Quadratic,
     "mean_squared_error": MeanSquaredError,
     "softmax_cross_entropy": SoftmaxCrossEntropy,
+    "bce_with_logits": BCEWithLogits,
 }

@@ -160,7 +160,7 @@ def _report(
     outcome: str,
     out: Path | None,
 ) -> None:
-    table = Table("costs", "A training step, measured before the training", _compared(costs, predicted))
+    table = Table("costs", "A training step, measured before the training", compare_costs(costs, predicted))
     if history.accuracy is not None:
         print(f"\ntest accuracy {100 * history.accuracy:.2f} %, {history.seconds:.1f} s in training steps ({outcome})")
     print(f"\n{table}")
@@ -182,7 +182,7 @@ def _report(
     print(f"\nresults in {out}")
 
 
-def _compared(costs: list[StepCost], predicted: list[int]) -> list[dict[str, Any]]:
+def compare_costs(costs: list[StepCost], predicted: list[int]) -> list[dict[str, Any]]:
     """A row per schedule, with ratios to the first."""
     base = costs[0]
     return [

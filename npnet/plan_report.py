@@ -1,29 +1,42 @@
 """What ``npnet plan`` prints, writes and draws."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from npnet.backend import get_backend
-from npnet.losses import LOSSES
-from npnet.mnist import Settings, build
-from npnet.optimizers import OPTIMIZERS
+from npnet.datasets import one_hot
+from npnet.layers import Sequential
+from npnet.losses import LOSSES, Loss
+from npnet.measuring import StepCost, measure_timeline, step_costs
+from npnet.mnist import Settings, build, compare_costs
+from npnet.optimizers import OPTIMIZERS, Optimizer
 from npnet.planner import plan, tradeoff
 from npnet.plans import MOST_LAYERS, Plan
 from npnet.plots import figure, plot_timelines, plot_tradeoff
 from npnet.report import Table, write_json
 from npnet.schedules import ScheduleLike
+from npnet.training import train_step
 
 
 def plan_report(
-    settings: Settings, checkpoints: ScheduleLike, memory_budget: int | None, json: Path | None, picture: Path | None
+    settings: Settings,
+    checkpoints: ScheduleLike,
+    memory_budget: int | None,
+    *,
+    measure: bool = False,
+    json: Path | None = None,
+    picture: Path | None = None,
 ) -> None:
     """Plan one training step of ``settings`` and print the plan, with the usual strategies beside it.
 
     Args:
         checkpoints: the schedule to describe, where there is no budget.
         memory_budget: bytes: describe the cheapest schedule that keeps to it.
+        measure: run steps on random data, and set what they take beside what was predicted.
         json, picture: files to write, or None.
 
     Raises:
@@ -39,7 +52,8 @@ def plan_report(
     }
     curve = tradeoff(model, settings.batch_size, **options) if len(model.layers) <= MOST_LAYERS else None
     if curve is not None:
-        for kind, others in curve.others.items():
+        for kind in ("every nth", "revolve"):
+            others = curve.others[kind]
             if others:
                 plans[f"{kind}, smallest peak"] = min(others, key=lambda each: (each.peak_bytes, each.recompute_flops))
         plans["optimal, smallest peak"] = curve.optimal[0]
@@ -48,17 +62,39 @@ def plan_report(
     how = checkpoints if memory_budget is None else "optimal"
     chosen = plan(model, settings.batch_size, strategy=how, memory_budget=memory_budget, **options)
     print(f"\n{chosen.describe()}")
+    content, lines, points = _content(settings, chosen, table), None, None
+    if measure:
+        shown = [plans["plain"], chosen]
+        more = curve.optimal[:: max(1, len(curve.optimal) // 5)] if curve is not None else []
+        costs, lines = _measured(model, loss, optimizer, settings, [*shown, *more], len(shown))
+        points = [(cost.peak_bytes, cost.ratio - 1) for cost in costs]
+        compared = Table("measured", "Measured", compare_costs(costs[:2], [each.peak_bytes for each in shown]))
+        content["measured"] = compared.rows
+        print(f"\n{compared}")
     if json is not None:
-        write_json(json, _content(settings, chosen, table))
+        write_json(json, content)
         print(f"\nplan in {json}")
     if picture is not None:
-        columns = 3 if curve is not None else 2
-        drawing, axes = figure(columns)
-        plot_timelines([plans["plain"], chosen], axes=axes[:2])
+        drawing, axes = figure(2 if curve is None else 3)
+        plot_timelines([plans["plain"], chosen], lines, axes=axes[:2])
         if curve is not None:
-            plot_tradeoff(curve, ax=axes[2])
+            plot_tradeoff(curve, points, ax=axes[2])
         drawing.savefig(picture, dpi=120)
         print(f"\npicture in {picture}")
+
+
+def _measured(
+    model: Sequential, loss: Loss, optimizer: Optimizer, settings: Settings, plans: Sequence[Plan], timelines: int
+) -> tuple[list[StepCost], list[list[int]]]:
+    """The costs of a step of each plan, and the timelines of the first few, on random data."""
+    rng = np.random.default_rng(settings.seed)
+    x = rng.random((settings.batch_size, settings.arch[0])).astype(settings.dtype)
+    y = one_hot(rng.integers(0, settings.arch[-1], settings.batch_size), settings.arch[-1], settings.dtype)
+    costs = step_costs(model, loss, optimizer, [each.schedule for each in plans], x, y, rounds=20)
+    optimizer.learning_rate = 0.0
+    train_step(model, loss, optimizer, plans[0].schedule, x, y)  # the optimizer allocates its state
+    lines = [measure_timeline(model, loss, optimizer, each.schedule, x, y) for each in plans[:timelines]]
+    return costs, lines
 
 
 def _row(name: str, each: Plan, plans: Mapping[str, Plan]) -> dict[str, Any]:

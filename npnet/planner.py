@@ -176,7 +176,7 @@ def price(
     if not layers or not all(isinstance(layer, Layer) for layer in layers):
         raise TypeError(f"network: expected a Network or a Sequential, got {network!r}")
     if features is None:
-        features = next((layer.in_features for layer in layers if hasattr(layer, "in_features")), None)
+        features = next(_features(layers), None)
     if features is None:
         raise ValueError("features: no layer tells how many features a row of the input has; give features=")
     dtype = next((parameter.value.dtype for layer in layers for parameter in layer.parameters()), np.dtype(np.float32))
@@ -190,6 +190,14 @@ def price(
         state_arrays=optimizer.state_arrays if optimizer else 0,
         streaming=streaming,
     )
+
+
+def _features(layers: Iterable[Layer]) -> Iterator[int]:
+    """How many features a row has where a layer tells; the first is the input's, if no layer before changes it."""
+    for layer in layers:
+        if hasattr(layer, "in_features"):
+            yield layer.in_features
+        yield from _features(layer.children().values())
 
 
 def _optimal(chain: Chain, budget: int) -> tuple[list[Schedule], float | None]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npnet.layer import Layer, LayerCost, needs_saved
+from npnet.layer import Layer, LayerCost, ShapeError, needs_saved
 from npnet.schedule import BACKWARD, FORWARD, Action, Schedule
 
 
@@ -88,7 +88,10 @@ def chain_of(
     """
     costs: list[LayerCost] = []
     for layer in layers:
-        costs.append(layer.cost(shape, dtype, needs_dx=bool(costs)))
+        try:
+            costs.append(layer.cost(shape, dtype, needs_dx=bool(costs)))
+        except ShapeError as error:
+            raise error.within(str(len(costs))) from None
         shape = costs[-1].output_shape
     outputs = [0, *(cost.output_bytes for cost in costs)]
     parameters = sum(parameter.value.nbytes for layer in layers for parameter in layer.parameters())

@@ -1,17 +1,40 @@
-"""Where random numbers come from.
+"""Where random numbers come from, and how a recomputation draws the same ones again.
 
-Everything random takes ``rng=``: None, a seed, or a ``numpy.random.Generator``. Numbers are drawn on the
-host with NumPy and then moved, so that a seed means the same numbers on every backend.
+Everything that is random once (weights, the order of the data) takes ``rng=``: None, a seed, or a
+``numpy.random.Generator``. Numbers are drawn on the host with NumPy and then moved, so that a seed means the same
+numbers on every backend.
+
+What is random in every step (dropout) must come out the same when a layer is run again in that step, or checkpointing
+would compute the gradient of another function. There is no generator whose state would have to be saved and put back:
+each draw is a function of (key of the layer, number of the step), computed by the counter-based generator Philox
+(Salmon, Moraes, Dror & Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). The engine numbers the steps.
 """
 
+import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
 
+from npnet.backend import BackendUnavailable, get_backend
 from npnet.checks import check_whole
 
 RNG: TypeAlias = int | np.random.Generator | None
-"""What ``rng=`` takes: a seed, a generator, or None for fresh entropy."""
+"""What ``rng=`` takes: a seed, a generator, or None: the stream of `set_seed`, if that was called, or fresh entropy."""
+
+
+class _State(threading.local):
+    """Of each thread its own, so that two trainings do not disturb each other."""
+
+    generator: np.random.Generator | None = None  # set_seed's
+    next_step = 0
+    step: int | None = None  # while a step runs
+
+
+_state = _State()
 
 
 def as_generator(rng: RNG = None) -> np.random.Generator:
@@ -23,6 +46,66 @@ def as_generator(rng: RNG = None) -> np.random.Generator:
     >>> int(as_generator(3).integers(100)) == int(as_generator(3).integers(100))
     True
     """
+    if rng is None and _state.generator is not None:
+        return _state.generator
     if rng is None or isinstance(rng, np.random.Generator):
         return np.random.default_rng(rng)
     return np.random.default_rng(check_whole(rng, "rng (a seed or a numpy.random.Generator)"))
+
+
+def set_seed(seed: int) -> dict[str, int]:
+    """Seed every source of random numbers: Python's ``random``, NumPy's global stream, npnet's own, CuPy's.
+
+    From then on everything in this thread that takes ``rng=None`` draws from one stream, and steps are numbered from 0.
+    Hash randomization (the order of sets of strings) is fixed for child processes only: Python reads PYTHONHASHSEED
+    when it starts.
+
+    Returns:
+        What was seeded, with which seed.
+
+    Raises:
+        TypeError, ValueError: ``seed`` is not a whole number from 0 to 2^32 - 1.
+    """
+    seed = check_whole(seed, "seed")
+    if seed >= 2**32:
+        raise ValueError(f"seed: expected a whole number from 0 to {2**32 - 1} (NumPy takes no more), got {seed}")
+    random.seed(seed)
+    np.random.seed(seed)
+    os.environ["PYTHONHASHSEED"] = str(seed)
+    _state.generator, _state.next_step = np.random.default_rng(seed), 0
+    done = dict.fromkeys(("python", "numpy", "npnet", "PYTHONHASHSEED"), seed)
+    try:
+        get_backend("cupy").xp.random.seed(seed)
+        done["cupy"] = seed
+    except BackendUnavailable:
+        pass
+    return done
+
+
+@contextmanager
+def one_step(step: int | None = None) -> Iterator[int]:
+    """While it lasts, every draw belongs to one step: by default the step under way, or else a new one."""
+    before = _state.step
+    if step is None:
+        step = new_step() if before is None else before
+    _state.step = step
+    try:
+        yield step
+    finally:
+        _state.step = before
+
+
+def new_step() -> int:
+    """The number of a step that was never used before in this thread (since `set_seed`)."""
+    _state.next_step += 1
+    return _state.next_step - 1
+
+
+def current_step() -> int:
+    """The number of the step under way; outside of one, every call is a step of its own."""
+    return new_step() if _state.step is None else _state.step
+
+
+def draws(key: int, step: int) -> np.random.Generator:
+    """The generator of the layer ``key`` in step ``step``: the same numbers whenever it is asked for."""
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, step]))

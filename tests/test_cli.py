@@ -87,7 +87,7 @@ def test_python_m_npnet_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 # What is refused.
 
 BAD: dict[str, tuple[str, str]] = {
-    "no command": ("", "the following arguments are required: train | compare | data"),
+    "no command": ("", "the following arguments are required: train | plan | compare | data"),
     "unknown command": ("fly", "invalid choice: 'fly'"),
     "unknown option": ("train --gpu", "unrecognized arguments: --gpu"),
     "surplus": ("train now", "unrecognized arguments: now"),

@@ -18,7 +18,7 @@ import npnet
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "npnet").glob("*.py"))}
 ORDER = [
-    *("backend", "checks", "random", "initializers", "layer", "activations", "layers", "losses", "optimizers"),
+    *("backend", "checks", "random", "initializers", "layer", "activations", "layers", "blocks", "losses", "optimizers"),
     *(
         "schedule",
         "schedules",
@@ -32,7 +32,7 @@ ORDER = [
         "network",
         "network_with_checkpointing",
     ),
-    *("datasets", "training", "measuring", "report", "plots"),
+    *("datasets", "training", "measuring", "report", "plots", "animation"),
     *("compare", "mnist", "plan_report", "cli"),
 ]
 """A file imports only from files before it in this list."""

@@ -1,0 +1,283 @@
+"""Layers to build models of besides dense ones: Dropout, LayerNorm, GELU, Residual."""
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npnet.backend import Array, array_module, ones, to_backend
+from npnet.checks import check_float, check_number, check_whole
+from npnet.layer import KindError, Layer, LayerCost, Parameter, Saved, ShapeError
+from npnet.random import RNG, as_generator, current_step, draws
+
+
+class Dropout(Layer):
+    """y = x * mask / (1 - p), where each element of the mask is 0 with probability p, else 1; in `eval`, y = x.
+
+    Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", 2014; scaled while training,
+    as ``torch.nn.Dropout``. The mask is a function of the layer's key and the number of the training step: running the
+    layer again in the same step gives the same mask, which nobody had to keep. See `npnet.random`.
+
+    Args:
+        p: probability of a zero, at least 0 and below 1.
+        rng: seed or generator that the key is drawn from.
+    """
+
+    def __init__(self, p: float = 0.5, *, rng: RNG = None) -> None:
+        self.p = check_number(p, "p", below=1.0)
+        self.key = int(as_generator(rng).integers(2**63))
+
+    def __repr__(self) -> str:
+        return f"Dropout({self.p:g})"
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        if not self.training or not self.p:
+            return x.copy(), None
+        xp = array_module(x)
+        # On the host in every backend, so that a seed means the same mask everywhere. (batch, features), bool
+        kept = draws(self.key, current_step()).random(x.shape, np.float32) >= self.p
+        mask = xp.asarray(kept)
+        y = xp.multiply(x, mask)
+        xp.multiply(y, 1 / (1 - self.p), out=y)
+        return y, mask
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        return self.backward_(dy.copy(), saved)
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
+        if saved is not None:
+            xp = array_module(dy)
+            xp.multiply(dy, saved, out=dy)
+            xp.multiply(dy, 1 / (1 - self.p), out=dy)
+        return dy
+
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        size = shape[0] * shape[1]
+        drops = self.training and self.p > 0
+        mask = size if drops else 0
+        random = size * 4 if drops else 0  # the numbers that the mask is made of
+        return LayerCost(
+            shape,
+            size * dtype.itemsize,
+            mask,
+            max(mask + random - size * dtype.itemsize, mask),
+            0,
+            0,
+            3 * size,
+            2 * size,
+        )
+
+
+class LayerNorm(Layer):
+    """y = w * (x - mean) / sqrt(var + eps) + b, with the mean and variance of each row.
+
+    Ba, Kiros & Hinton, "Layer Normalization", 2016. Backward, with n = (x - mean) / sqrt(var + eps), dn = dy * w:
+    dx = (dn - mean(dn) - n * mean(dn * n)) / sqrt(var + eps), dw = sum of dy * n and db = sum of dy, over the batch.
+
+    Args:
+        features: of a row.
+        eps: added to the variance.
+        dtype, backend: of the parameters.
+    """
+
+    def __init__(
+        self, features: int, eps: float = 1e-5, *, dtype: npt.DTypeLike = np.float32, backend: str | None = None
+    ) -> None:
+        self.features = self.in_features = check_whole(features, "features", least=1)
+        self.eps, dtype = check_number(eps, "eps"), check_float(dtype)
+        self.weight = Parameter(to_backend(np.ones(features, dtype), backend))  # (features,)
+        self.bias = Parameter(to_backend(np.zeros(features, dtype), backend))  # (features,)
+
+    def __repr__(self) -> str:
+        return f"LayerNorm({self.features})"
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        self._check(x.shape)
+        xp, n = array_module(x), self.features
+        mean = x.mean(axis=1, keepdims=True)  # (batch, 1)
+        y = xp.subtract(x, mean)  # (batch, features)
+        scale = xp.einsum("ij,ij->i", y, y)[:, None]  # (batch, 1)
+        scale = 1 / xp.sqrt(scale / n + self.eps)
+        self._scale_shift(y, scale)
+        return y, (x, mean, scale)
+
+    def _scale_shift(self, y: Array, scale: Array) -> None:
+        xp = array_module(y)
+        xp.multiply(y, scale, out=y)
+        xp.multiply(y, self.weight.value, out=y)
+        xp.add(y, self.bias.value, out=y)
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        self.check_gradient(dy, saved[0])
+        return self.backward_(dy.copy(), saved)
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
+        x, mean, scale = saved
+        xp, n = array_module(dy), self.features
+        normed = xp.subtract(x, mean)  # (batch, features)
+        xp.multiply(normed, scale, out=normed)
+        self.weight.accumulate(xp.einsum("ij,ij->j", dy, normed))
+        self.bias.accumulate(xp.dot(ones(xp, len(dy), dy.dtype), dy))
+        xp.multiply(dy, self.weight.value, out=dy)
+        along = xp.einsum("ij,ij->i", dy, normed)[:, None] / n  # (batch, 1)
+        xp.multiply(normed, along, out=normed)
+        xp.subtract(dy, dy.mean(axis=1, keepdims=True), out=dy)
+        xp.subtract(dy, normed, out=dy)
+        xp.multiply(dy, scale, out=dy)
+        return dy
+
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        self._check(shape)
+        size, columns = shape[0] * shape[1], 2 * shape[0] * dtype.itemsize  # mean and scale
+        gradients = sum(parameter.value.nbytes for parameter in self.parameters())
+        bytes_ = size * dtype.itemsize
+        return LayerCost(shape, bytes_, columns, columns, gradients, bytes_ + gradients, 7 * size, 14 * size)
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2 or shape[1] != self.features:
+            raise ShapeError(f"{self}: expected rows of shape (batch, {self.features}), got {tuple(shape)}")
+
+
+class GELU(Layer):
+    """y = x * P(x), where P(x) = (1 + erf(x / sqrt 2)) / 2 is the normal distribution function.
+
+    Hendrycks & Gimpel, "Gaussian Error Linear Units", 2016. With ``approximate="tanh"`` P(x) is
+    (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, as ``torch.nn.GELU``. Backward needs x alone: P is computed again.
+
+    Args:
+        approximate: "none" or "tanh". On NumPy "none" is fast with SciPy installed, and slow without.
+    """
+
+    output_suffices = True
+
+    def __init__(self, approximate: str = "none") -> None:
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")
+        self.approximate = approximate
+
+    def __repr__(self) -> str:
+        return "GELU()" if self.approximate == "none" else "GELU('tanh')"
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        y = self._distribution(x)
+        array_module(x).multiply(y, x, out=y)
+        return y, (x, y)
+
+    def _distribution(self, x: Array) -> Array:
+        """P(x), a new array."""
+        xp = array_module(x)
+        if self.approximate == "none":
+            p = _erf(x * (1 / math.sqrt(2)))  # (batch, features)
+        else:
+            p = xp.multiply(x, x)
+            xp.multiply(p, 0.044715, out=p)
+            xp.add(p, 1, out=p)
+            xp.multiply(p, x, out=p)
+            xp.multiply(p, math.sqrt(2 / math.pi), out=p)
+            xp.tanh(p, out=p)
+        xp.add(p, 1, out=p)
+        xp.multiply(p, 0.5, out=p)
+        return p
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        self.check_gradient(dy, saved[1])
+        return self.backward_(dy.copy(), saved)
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
+        """dx = dy * (P + x P')."""
+        x, _ = saved
+        xp = array_module(dy)
+        p = self._distribution(x)
+        if self.approximate == "none":  # P' = e^(-x^2 / 2) / sqrt(2 pi)
+            slope = xp.multiply(x, x)
+            xp.multiply(slope, -0.5, out=slope)
+            xp.exp(slope, out=slope)
+            xp.multiply(slope, 1 / math.sqrt(2 * math.pi), out=slope)
+        else:  # P' = 2 P (1 - P) * sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
+            slope = xp.multiply(x, x)
+            xp.multiply(slope, 3 * 0.044715, out=slope)
+            xp.add(slope, 1, out=slope)
+            xp.multiply(slope, 2 * math.sqrt(2 / math.pi), out=slope)
+            xp.multiply(slope, p, out=slope)
+            xp.multiply(slope, 1 - p, out=slope)
+        xp.multiply(slope, x, out=slope)
+        xp.add(slope, p, out=slope)
+        xp.multiply(dy, slope, out=dy)
+        return dy
+
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        size = shape[0] * shape[1]
+        bytes_, exact = size * dtype.itemsize, self.approximate == "none"
+        workspace = bytes_ * (2 if exact else 3)
+        return LayerCost(shape, bytes_, 0, bytes_ if exact else 0, 0, workspace, 9 * size, 17 * size)
+
+
+def _erf(x: Array) -> Array:
+    """The error function, elementwise: SciPy's where there is one, CuPy's on a GPU, else Python's, number by number."""
+    xp = array_module(x)
+    if xp is not np:
+        from cupyx.scipy.special import erf  # no other backend has it
+    else:
+        try:
+            from scipy.special import erf
+        except ImportError:
+            erf = np.vectorize(math.erf, otypes=[x.dtype])
+    result: Array = erf(x)
+    return result
+
+
+class Residual(Layer):
+    """y = x + inner(x). He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", 2016.
+
+    Args:
+        inner: a layer (a `Sequential`, say) whose output has its input's shape.
+    """
+
+    def __init__(self, inner: Layer) -> None:
+        if not isinstance(inner, Layer):
+            raise TypeError(f"Residual: expected a layer, got {inner!r}")
+        self.inner = inner
+
+    def __repr__(self) -> str:
+        return f"Residual({self.inner})"
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        try:
+            h, kept = self.inner.forward(x)
+        except (ShapeError, KindError) as error:
+            raise error.within("inner") from None
+        self._check(x.shape, h.shape)
+        return array_module(x).add(x, h), kept
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        dx = self.backward_(dy.copy(), saved)
+        assert dx is not None
+        return dx
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
+        inner = self.inner.backward_(dy.copy(), saved, needs_dx)
+        if inner is None or not needs_dx:
+            return None
+        array_module(dy).add(dy, inner, out=dy)
+        return dy
+
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        inner = self.inner.cost(shape, dtype, needs_dx)
+        self._check(shape, inner.output_shape)
+        bytes_, size = inner.output_bytes, shape[0] * shape[1]
+        saved = bytes_ + inner.saved_bytes  # the inner layer's output is not this one's
+        return LayerCost(
+            shape,
+            bytes_,
+            saved,
+            max(inner.forward_bytes, saved),
+            inner.gradient_bytes,
+            bytes_ + inner.backward_bytes,
+            inner.forward_flops + size,
+            inner.backward_flops + size,
+        )
+
+    def _check(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+        if before != after:
+            raise ShapeError(f"{self}: the inner layer must keep the shape, but makes {after} of {before}")
