@@ -25,12 +25,13 @@ from npnet.measuring import measure_timeline, step_costs
 from npnet.memory import MemoryReport, measure_peak, measure_rss_peak
 from npnet.network import Network
 from npnet.network_with_checkpointing import NetworkWithCheckpointing
-from npnet.optimizers import SGD, Adam, Optimizer
+from npnet.optimizers import SGD, Adam, Optimizer, clip_grad_norm
 from npnet.planner import Tradeoff, plan, tradeoff
 from npnet.plans import InfeasibleBudget, Plan
 from npnet.random import set_seed
 from npnet.schedule import InvalidSchedule, Schedule
-from npnet.training import History, fit, train_step
+from npnet.step import accumulated_step, add_gradients, lazy_gradient, train_step, value_and_grad
+from npnet.training import History, fit
 
 __version__ = "0.1.0"
 
@@ -71,12 +72,16 @@ __all__ = [
     "Tanh",
     "Tradeoff",
     "TrainingDiverged",
+    "accumulated_step",
+    "add_gradients",
     "array_module",
     "available_backends",
     "backpropagate",
     "batches",
+    "clip_grad_norm",
     "fit",
     "get_backend",
+    "lazy_gradient",
     "load_mnist",
     "measure_peak",
     "measure_rss_peak",
@@ -92,4 +97,5 @@ __all__ = [
     "tradeoff",
     "train_step",
     "use_backend",
+    "value_and_grad",
 ]

@@ -1,18 +1,22 @@
 """Gradient checkpointing: run a schedule over a chain of layers.
 
-This is the whole of backpropagation in npnet. Which activations survive from the forward pass, which are
+`backpropagate` is the whole of backpropagation in npnet. Which activations survive from the forward pass, which are
 computed a second time, and when each is let go is said by the schedule; `backpropagate` does as it says.
 Because a recomputation calls the same function with the same input, it gives the same bits: a gradient does not
 depend on the schedule. (That is a promise of the layers: see `Layer.forward`.)
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from npnet.backend import Array
-from npnet.layer import KindError, Layer, Saved, ShapeError, needs_saved
-from npnet.random import one_step
+from npnet.backend import Array, to_host
+from npnet.checks import check_whole
+from npnet.layer import KindError, Layer, LayerCost, Saved, ShapeError, needs_saved
+from npnet.layers import Sequential
+from npnet.random import new_step, one_step
 from npnet.schedule import DROP, FORWARD, Schedule
 
 Restore = Callable[[Array, int, int], Sequence[Array]]
@@ -28,7 +32,9 @@ def backpropagate(
     *,
     after_backward: Callable[[Layer], None] | None = None,
     restore: Restore | None = None,
-) -> None:
+    needs_dx: bool = False,
+    determinism_check: bool = False,
+) -> Array | None:
     """Add the gradient of a loss into every parameter of the chain, on top of what gradients are there.
 
     Args:
@@ -39,8 +45,15 @@ def backpropagate(
         after_backward: called with each layer once its gradients are complete. An optimizer step there frees
             them at once, so the gradients of all layers are never alive together.
         restore: does the recomputing (for chains whose layers save nothing but input and output).
+        needs_dx: go on to the gradient at ``x``, too.
+        determinism_check: compare what is recomputed with what was computed first, number by number (by a hash: slow,
+            for finding mistakes).
+
+    Returns:
+        The gradient at ``x``, or None.
 
     Raises:
+        NondeterministicLayer: with the check, a layer gave other numbers the second time.
         ValueError: the schedule is for a chain of another depth, or does not name the layers that need what they
             save (see `needs_saved`).
 
@@ -54,7 +67,8 @@ def backpropagate(
         raise ValueError(f"layer {first} ({layers[first - 1]}) needs what it saved: make the schedule with needs_saved")
     try:
         with one_step():  # whatever is run again in it draws the same random numbers again
-            _run(layers, schedule, x, output_gradient, after_backward, restore)
+            check = _DeterminismCheck(layers) if determinism_check else None
+            return _run(layers, schedule, x, output_gradient, after_backward, restore, needs_dx, check)
     except BaseException:  # Ctrl-C, too: the next pass must not add to the half of this one
         clear_gradients(layers)
         raise
@@ -74,7 +88,9 @@ def _run(
     output_gradient: Callable[[Array], Array],
     after_backward: Callable[[Layer], None] | None,
     restore: Restore | None,
-) -> None:
+    needs_dx: bool,
+    check: "_DeterminismCheck | None",
+) -> Array | None:
     """Do what the schedule says, action by action."""
     held: dict[int, Array] = {0: x}  # l -> a_l
     saved: dict[int, Saved] = {}  # l -> what layer l saved, where that is more than (a_{l-1}, a_l)
@@ -91,6 +107,8 @@ def _run(
                     raise error.within(str(number - 1)) from None
                 if saves:
                     saved[number] = kept
+                if check is not None:
+                    check(number, held[number])
                 del kept  # a name would hold the activations beyond their time
         elif kind is DROP:
             del held[first]
@@ -100,7 +118,142 @@ def _run(
                 gradient = output_gradient(output)
                 layer.check_gradient(gradient, output)
             kept = (held[first - 1], output) if layer.output_suffices else saved.pop(first)
-            gradient = layer.backward_(gradient, kept, first > 1)
+            gradient = layer.backward_(gradient, kept, first > 1 or needs_dx)
             del output, kept
             if after_backward is not None:
                 after_backward(layer)
+    return gradient
+
+
+OTHER_NUMBERS = (
+    "run again with the same input, it gave other numbers; what draws random numbers must draw the same ones within a "
+    "step: see npnet.random.draws"
+)
+
+
+class NondeterministicLayer(RuntimeError):
+    """A layer that was run again in the same step gave other numbers: the gradient would be another function's."""
+
+
+class _DeterminismCheck:
+    """Remembers a hash of each activation, and compares when it is computed again."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+        self.seen: dict[int, bytes] = {}
+
+    def __call__(self, number: int, activation: Array) -> None:
+        found = digest(activation)
+        if self.seen.setdefault(number, found) != found:
+            raise NondeterministicLayer(f"layer {number - 1}, {self.layers[number - 1]}: {OTHER_NUMBERS}")
+
+
+def digest(array: Array) -> bytes:
+    """A hash of the array's numbers."""
+    return hashlib.blake2b(np.ascontiguousarray(to_host(array)).tobytes()).digest()
+
+
+class _Input(NamedTuple):
+    """What a `Checkpoint` keeps."""
+
+    x: Array
+    step: int
+    digest: bytes | None
+
+
+class Checkpoint(Layer):
+    """A layer (a whole model, say) of which only the input is kept: it is run again right before its backward pass.
+
+    The checkpointing of one part, wherever it stands in a model, as ``torch.utils.checkpoint.checkpoint``; active while
+    training, inert in `eval`. Parts may be nested.
+
+    Args:
+        inner: the layer.
+        preserve_rng_state: run it again with the random numbers of the first time. Without, the gradient is that of
+            another function wherever numbers are drawn.
+        determinism_check: raise `NondeterministicLayer` when the second output differs from the first (by a hash).
+    """
+
+    def __init__(self, inner: Layer, preserve_rng_state: bool = True, determinism_check: bool = False) -> None:
+        if not isinstance(inner, Layer):
+            raise TypeError(f"checkpoint: expected a layer, got {inner!r}")
+        self.inner, self.preserve_rng_state, self.determinism_check = inner, preserve_rng_state, determinism_check
+
+    def __repr__(self) -> str:
+        return f"checkpoint({self.inner})"
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        try:
+            if not self.training:
+                return self.inner.forward(x)
+            with one_step() as step:
+                y, _ = self.inner.forward(x)
+        except (ShapeError, KindError) as error:
+            raise error.within("inner") from None
+        return y, _Input(x, step, digest(y) if self.determinism_check else None)
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        dx = self.backward_(dy.copy(), saved)
+        assert dx is not None
+        return dx
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
+        if not isinstance(saved, _Input):  # of a forward pass in eval
+            return self.inner.backward_(dy, saved, needs_dx)
+        with one_step(saved.step if self.preserve_rng_state else new_step()):
+            y, kept = self.inner.forward(saved.x)
+            if saved.digest is not None and digest(y) != saved.digest:
+                raise NondeterministicLayer(f"{self}: {OTHER_NUMBERS}")
+            self.inner.check_gradient(dy, y)
+            del y
+            return self.inner.backward_(dy, kept, needs_dx)
+
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        inner = self.inner.cost(shape, dtype, needs_dx)
+        if not self.training:
+            return inner
+        again = inner.output_bytes + max(inner.forward_bytes, inner.saved_bytes + inner.backward_bytes)
+        return inner._replace(
+            saved_bytes=0, backward_bytes=again, backward_flops=inner.forward_flops + inner.backward_flops
+        )
+
+
+def checkpoint(part: Layer, preserve_rng_state: bool = True, determinism_check: bool = False) -> Checkpoint:
+    """``part``, of which only the input is kept: see `Checkpoint`."""
+    return Checkpoint(part, preserve_rng_state, determinism_check)
+
+
+class Tape(NamedTuple):
+    """What a forward pass left for its backward pass."""
+
+    layer: Layer
+    saved: Saved
+
+    def backward(self, dy: Array) -> Array:
+        """The gradient at the input, from that at the output; adds into the parameters' gradients."""
+        return self.layer.backward(dy, self.saved)
+
+
+def checkpoint_sequential(
+    functions: Sequential | Sequence[Layer], segments: int, x: Array, preserve_rng_state: bool = True
+) -> tuple[Array, Tape]:
+    """Run layers in a row in ``segments`` parts, and keep only the inputs of all parts but the last.
+
+    As ``torch.utils.checkpoint.checkpoint_sequential``: each part has len // segments layers, the last the rest, and
+    that one is not checkpointed.
+
+    Returns:
+        The output, and the tape whose ``backward(dy)`` gives the gradient at ``x``.
+
+    Raises:
+        TypeError, ValueError: ``segments`` is not a whole number from 1 to the number of layers.
+    """
+    layers = functions.layers if isinstance(functions, Sequential) else list(functions)
+    size = len(layers) // check_whole(segments, "segments", least=1)
+    if not size:
+        raise ValueError(f"segments: {segments} are more than the {len(layers)} layers")
+    last = size * (segments - 1)
+    parts = [Sequential(*layers[start : start + size]) for start in range(0, last, size)]
+    model = Sequential(*(checkpoint(part, preserve_rng_state) for part in parts), Sequential(*layers[last:]))
+    y, saved = model.forward(x)
+    return y, Tape(model, saved)

@@ -15,7 +15,7 @@ from npnet.losses import Loss
 from npnet.memory import measure_peak, measuring
 from npnet.optimizers import Optimizer
 from npnet.schedule import DROP, Schedule
-from npnet.training import train_step
+from npnet.step import train_step
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ where that needs what the layer saved, or on the way up, when t = L, a_t is not 
     T(s, t, m) = the least of  f_s + ... + f_k + T(k+1, t, m - A_k) + T(s, k, m)  for s <= k < t  (keep a_k alone)
                           and  f_s + T(s+1, t, m - A_s - S_s)                     (keep a_s and what layer s saved)
 
-each infinite where a forward on the way, or the backward pass of layer s at the end, does not fit into m. If every
-layer saves, this is the recurrence of Beaumont, Eyraud-Dubois, Herrmann, Joly & Shilova, "Optimal checkpointing for
+each infinite where the forward of a layer from s to t - 1, or the backward pass of layer s at the end, does not fit into
+m. If every layer saves, this is the recurrence of Beaumont, Eyraud-Dubois, Herrmann, Joly & Shilova, "Optimal checkpointing for
 heterogeneous chains", 2019, arXiv:1911.13214; if none does, a finer one that runs fewer layers again.
 
 All m that occur are the budget minus sums of A and S. So they are the budget's remainder plus multiples of the greatest
@@ -26,6 +26,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from npnet.checks import check_whole
 from npnet.pricing import Chain
 from npnet.schedule import BACKWARD, DROP, FORWARD, Kind, Schedule
 
@@ -62,12 +63,10 @@ class _Needs:
         """To run layer s, keep what it saved, and run its backward pass at the end of (s, t)."""
         return int(max(self.around[t] + self.forward[s], self.backward[s]))
 
-    def way_up(self, s: int, t: int) -> Ints:
-        """To run layers s, ..., k, dropping what lies between, for k = s, ..., t - 1."""
-        steps = self.forward_within[s:t].copy()
-        steps[0] = self.forward[s]
-        way: Ints = np.maximum.accumulate(steps) + self.around[t]
-        return way
+    def way_up(self, s: int, t: int) -> int:
+        """To run layers s, ..., t - 1: in every solution of (s, t) each of them is run with all that is around."""
+        within = self.forward_within[s + 1 : t].max(initial=self.forward[s])
+        return int(within + self.around[t])
 
 
 def smallest_budget(chain: Chain) -> tuple[int, Schedule]:
@@ -83,10 +82,9 @@ def smallest_budget(chain: Chain) -> tuple[int, Schedule]:
     for length in range(1, depth):
         for s in range(1, depth + 1 - length):
             t = s + length
-            need = np.maximum(needs.way_up(s, t), least[s, s:t])
-            np.maximum(need, least[s + 1 : t + 1, t] + needs.activation[s:t], out=need)
+            need = np.maximum(least[s, s:t], least[s + 1 : t + 1, t] + needs.activation[s:t])
             k = int(need.argmin())
-            least[s, t], choice[s, t] = need[k], s + k
+            least[s, t], choice[s, t] = max(int(need[k]), needs.way_up(s, t)), s + k
             if s in chain.needs_saved:
                 keep = max(needs.keep_all(s, t), int(least[s + 1, t] + needs.activation[s] + needs.saved[s]))
                 if keep <= least[s, t]:
@@ -107,7 +105,7 @@ class Optimum:
     """
 
     def __init__(self, chain: Chain, budget: int, unit: int | None = None, round_up: bool = True) -> None:
-        self.chain, self.budget, self.needs = chain, budget, _Needs(chain)
+        self.chain, self.budget, self.needs = chain, check_whole(budget, "budget"), _Needs(chain)
         self.unit = exact_unit(chain) if unit is None else unit
         self.levels = budget // self.unit + 1
         self.remainder = budget % self.unit  # level j stands for m = remainder + j * unit
@@ -119,8 +117,6 @@ class Optimum:
         shape = depth + 1, depth + 1, self.levels
         self._table: Floats = np.empty(shape)  # [s, t, j] T(s, t, m)
         self._above: Floats = np.empty(shape)  # [t, k, j] T(k + 1, t, m - A_k)
-        self._first = np.empty((depth + 1, depth + 1), np.int64)  # [s, t] the first level that is finite
-        self._first_above = np.empty((depth + 1, depth + 1), np.int64)
         work: Floats = np.empty((depth, self.levels))
         for s in range(1, depth + 1):
             self._table[s, s] = 0.0 if self.needs.output_held[s] else chain.forward_flops[s]
@@ -130,23 +126,17 @@ class Optimum:
             for s in range(1, depth + 1 - length):
                 self._solve(s, s + length, work[:length])
 
-    def _levels(self, need: Ints) -> Ints:
-        """The first level at which ``need`` bytes fit."""
-        levels: Ints = np.clip(-((self.remainder - need) // self.unit), 0, self.levels)
-        return levels
-
     def _level(self, need: int) -> int:
-        return int(self._levels(np.array(need)))
+        """The first level at which ``need`` bytes fit."""
+        return min(max(-((self.remainder - need) // self.unit), 0), self.levels)
 
     def _solve(self, s: int, t: int, work: Floats) -> None:
         np.add(self._table[s, s:t], self._above[t, s:t], out=work)
         work += (self._flops[s:t] - self._flops[s - 1])[:, None]
-        way_up = self._levels(self.needs.way_up(s, t))
-        for k in np.flatnonzero(way_up > np.maximum(self._first[s, s:t], self._first_above[t, s:t])):
-            work[k, : way_up[k]] = np.inf
         best = work.min(axis=0, out=self._table[s, t])
         if s in self.chain.needs_saved:
             np.minimum(best, self._keep_all(s, t), out=best)
+        best[: self._level(self.needs.way_up(s, t))] = np.inf
         self._finish(s, t)
 
     def _keep_all(self, s: int, t: int) -> Floats:
@@ -158,12 +148,9 @@ class Optimum:
 
     def _finish(self, s: int, t: int) -> None:
         """Enter T(s, t), for which a_{s-1} is a checkpoint, once more with that charged."""
-        row = self._table[s, t]
-        self._first[s, t] = first = int(np.isfinite(row).argmax()) if math.isfinite(row[-1]) else self.levels
         charge = min(int(self._charge[s - 1]), self.levels)
         self._above[t, s - 1, :charge] = np.inf
-        self._above[t, s - 1, charge:] = row[: self.levels - charge]
-        self._first_above[t, s - 1] = min(first + charge, self.levels)
+        self._above[t, s - 1, charge:] = self._table[s, t, : self.levels - charge]
 
     @property
     def costs(self) -> Floats:
@@ -187,7 +174,6 @@ class Optimum:
     def _choose(self, s: int, t: int, level: int) -> tuple[int, int]:
         """The k with which T(s, t, m) is least, or 0 for keeping all; and the level of the problem above."""
         costs = self._table[s, s:t, level] + self._above[t, s:t, level] + self._flops[s:t] - self._flops[s - 1]
-        costs[self._levels(self.needs.way_up(s, t)) > level] = np.inf
         k = int(costs.argmin())
         if s in self.chain.needs_saved and self._keep_all(s, t)[level] <= costs[k]:
             return 0, level - int(self._charge_all[s])

@@ -11,19 +11,28 @@ from collections.abc import Callable, Iterable
 from npnet.backend import Array, array_module
 from npnet.checks import check_number
 from npnet.layer import Parameter
+from npnet.losses import check_finite
 
 
 class Optimizer:
     """Updates parameters from their gradients; keeps what it has to remember per parameter."""
 
     learning_rate: float
+    weight_decay: float = 0.0
 
     def step(self, parameters: Iterable[Parameter]) -> None:
         """Update every parameter that has a gradient, and set the gradient to None."""
         for parameter in parameters:
             if parameter.gradient is not None:
+                if self.weight_decay:
+                    parameter.gradient += parameter.value * self.weight_decay
                 self._update(parameter, parameter.gradient)
                 parameter.gradient = None
+
+    def zero_grad(self, parameters: Iterable[Parameter]) -> None:
+        """Forget the gradients, before new ones are added up."""
+        for parameter in parameters:
+            parameter.gradient = None
 
     @property
     def state_arrays(self) -> int:
@@ -38,10 +47,12 @@ class SGD(Optimizer):
     """w <- w - eta v  with  v <- momentum v + g  (v = g without momentum).
 
     The form of ``torch.optim.SGD``. Sutskever et al., "On the importance of initialization and momentum in deep
-    learning", 2013, have eta inside v instead: the same as long as eta does not change.
+    learning", 2013, have eta inside v instead: the same as long as eta does not change. With ``weight_decay`` the
+    gradient is that of the loss + weight_decay / 2 * |w|^2.
     """
 
-    def __init__(self, learning_rate: float, momentum: float = 0.0) -> None:
+    def __init__(self, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+        self.weight_decay = check_number(weight_decay, "weight_decay")
         self.learning_rate = check_number(learning_rate, "learning_rate")
         self.momentum = check_number(momentum, "momentum", below=1.0)
         self._velocity: dict[Parameter, Array] = {}
@@ -68,12 +79,18 @@ class Adam(Optimizer):
     """m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- w - eta m' / (sqrt(v') + eps),
     with m' = m / (1 - b1^t) and v' = v / (1 - b2^t).
 
-    Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, algorithm 1.
+    Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, algorithm 1. ``weight_decay`` as for `SGD`.
     """
 
     def __init__(
-        self, learning_rate: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8
+        self,
+        learning_rate: float = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
     ) -> None:
+        self.weight_decay = check_number(weight_decay, "weight_decay")
         self.learning_rate = check_number(learning_rate, "learning_rate")
         self.beta1, self.beta2 = check_number(beta1, "beta1", below=1.0), check_number(beta2, "beta2", below=1.0)
         self.epsilon = check_number(epsilon, "epsilon")
@@ -103,6 +120,29 @@ class Adam(Optimizer):
         xp.divide(mean, step, out=step)
         xp.multiply(step, self.learning_rate / (1 - self.beta1**t), out=step)
         xp.subtract(weight, step, out=weight)
+
+
+def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
+    """Scale all gradients by the same factor, so that their norm together is at most ``max_norm``.
+
+    Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", 2013, algorithm 1.
+
+    Returns:
+        The norm before: the square root of the sum of all squares.
+
+    Raises:
+        TrainingDiverged: it is not finite.
+    """
+    max_norm, gradients = check_number(max_norm, "max_norm"), [p.gradient for p in parameters if p.gradient is not None]
+    squares = 0.0
+    for gradient in gradients:
+        flat = gradient.ravel(order="K")
+        squares += float(array_module(flat).dot(flat, flat))
+    norm = check_finite(math.sqrt(squares), "the norm of the gradient")
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient *= max_norm / norm
+    return norm
 
 
 OPTIMIZERS: dict[str, Callable[[float], Optimizer]] = {

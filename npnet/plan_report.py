@@ -19,7 +19,7 @@ from npnet.plans import MOST_LAYERS, Plan
 from npnet.plots import figure, plot_timelines, plot_tradeoff
 from npnet.report import Table, write_json
 from npnet.schedules import ScheduleLike
-from npnet.training import train_step
+from npnet.step import train_step
 
 
 def plan_report(

@@ -43,6 +43,7 @@ def plan(
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
     streaming: bool = True,
+    accumulation_steps: int = 1,
     features: int | None = None,
 ) -> Plan:
     """Choose a schedule for training ``network``, and say what a step will take.
@@ -59,6 +60,7 @@ def plan(
         optimizer: its state counts; by default none, as for plain SGD.
         streaming: layers are updated during the backward pass, as `npnet.fit` and `Network.update_mini_batch` do; else
             the gradients of all layers are alive together at the end, as for `Network.backprop`.
+        accumulation_steps: with more than 1 the gradients of earlier batches are alive, too.
         features: of the input, if the first layer does not tell.
 
     Raises:
@@ -68,7 +70,15 @@ def plan(
     """
     batch_size = check_whole(batch_size, "batch_size", least=1)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    chain = price(network, batch_size, loss=loss, optimizer=optimizer, streaming=streaming, features=features)
+    chain = price(
+        network,
+        batch_size,
+        loss=loss,
+        optimizer=optimizer,
+        streaming=streaming,
+        accumulation_steps=accumulation_steps,
+        features=features,
+    )
     depth, bound = chain.depth, None
     if every_nth is not None and strategy not in (None, "every_nth"):
         raise ValueError(f"give every_nth or strategy={strategy!r}, not both")
@@ -169,6 +179,7 @@ def price(
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
     streaming: bool = True,
+    accumulation_steps: int = 1,
     features: int | None = None,
 ) -> Chain:
     """What each layer costs; arguments as for `plan`."""
@@ -188,7 +199,9 @@ def price(
         dtype,
         loss_bytes=output * arrays,
         state_arrays=optimizer.state_arrays if optimizer else 0,
+        update_arrays=1 if optimizer and optimizer.weight_decay else 0,
         streaming=streaming,
+        accumulating=check_whole(accumulation_steps, "accumulation_steps", least=1) > 1,
     )
 
 

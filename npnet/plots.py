@@ -200,7 +200,7 @@ def plot_timelines(
     most = max(_draw_timeline(*each) for each in zip(axes, drawn, totals, strict=True))
     for ax in axes:
         bytes_alive_axis(ax, min(plan.chain.fixed for plan in drawn), most, 1.42)
-        ax.label_outer()
+        ax.yaxis.set_visible(ax is axes[0] or ax.get_position().y0 != axes[0].get_position().y0)  # once in a row
     handles = {handle.get_label(): handle for ax in axes for handle in ax.get_legend_handles_labels()[0]}
     areas = [handles.pop(label) for label in reversed(BYTES) if label in handles]  # from the top
     axes[-1].legend(handles=[*handles.values(), *areas], loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
@@ -280,7 +280,7 @@ def draw_budget(ax: "Axes", plan: Plan, most: int) -> int:
 
 
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "every nth": {"marker": "o", "color": "#2aa084", "markersize": 5},
+    "every nth": {"marker": "s", "color": "#2aa084", "markersize": 4.5},
     "sqrt": {"marker": "*", "color": "#f2c14e", "markersize": 15, "zorder": 4},
     "revolve": {"marker": "^", "color": "#e8862e", "markersize": 5},
 }

@@ -37,6 +37,7 @@ class Chain:
     loss_bytes: int = 0  # the most that the loss takes besides the output: D_L included
     parameters: int = 0
     optimizer: int = 0
+    accumulated: int = 0  # gradients of the micro-batches before
     gradient_given: bool = False  # D_L is there from the start (a model of the literature; in npnet the loss makes it)
 
     @property
@@ -47,7 +48,7 @@ class Chain:
     @property
     def fixed(self) -> int:
         """Bytes that are alive throughout, whatever the schedule."""
-        return self.parameters + self.optimizer
+        return self.parameters + self.optimizer + self.accumulated
 
     @property
     def step_flops(self) -> int:
@@ -70,7 +71,9 @@ def chain_of(
     *,
     loss_bytes: int,
     state_arrays: int = 0,
+    update_arrays: int = 0,
     streaming: bool = True,
+    accumulating: bool = False,
 ) -> Chain:
     """Ask each layer what it costs.
 
@@ -79,8 +82,10 @@ def chain_of(
         dtype: of activations and parameters.
         loss_bytes: as in `Chain`.
         state_arrays: arrays of a parameter's size that the optimizer keeps.
+        update_arrays: arrays of a parameter's size that its update takes.
         streaming: each layer is updated, and its gradient freed, during the backward pass; else all gradients are
             alive at its end.
+        accumulating: gradients of other micro-batches are there, to be added to.
 
     Raises:
         NotImplementedError: a layer does not say what it costs.
@@ -95,15 +100,20 @@ def chain_of(
         shape = costs[-1].output_shape
     outputs = [0, *(cost.output_bytes for cost in costs)]
     parameters = sum(parameter.value.nbytes for layer in layers for parameter in layer.parameters())
+    saved = [0, *(0 if layer.output_suffices else cost.saved_bytes for layer, cost in zip(layers, costs, strict=True))]
+    backward = [0, *(cost.backward_bytes for cost in costs)]
+    sizes = [max((parameter.value.nbytes for parameter in layer.parameters()), default=0) for layer in layers]
+    for number, cost in enumerate(costs, 1):
+        if streaming or number == 1:  # the update, when a_l, what was saved, and the gradient at a_l are gone
+            update = update_arrays * (sizes[number - 1] if streaming else max(sizes))
+            gone = 2 * outputs[number] + saved[number]
+            backward[number] = max(backward[number], cost.gradient_bytes + outputs[number - 1] + update - gone)
     return Chain(
         activation=outputs,
-        saved=[
-            0,
-            *(0 if layer.output_suffices else cost.saved_bytes for layer, cost in zip(layers, costs, strict=True)),
-        ],
+        saved=saved,
         gradient=outputs,
         forward_bytes=[0, *(cost.forward_bytes for cost in costs)],
-        backward_bytes=[0, *(cost.backward_bytes for cost in costs)],
+        backward_bytes=backward,
         parameter_gradients=[0, *(cost.gradient_bytes for cost in costs)],
         streaming=streaming,
         forward_flops=[0, *(cost.forward_flops for cost in costs)],
@@ -112,6 +122,7 @@ def chain_of(
         loss_bytes=loss_bytes,
         parameters=parameters,
         optimizer=state_arrays * parameters,
+        accumulated=parameters if accumulating else 0,
     )
 
 
@@ -158,13 +169,21 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
             segment += change
         if kind is BACKWARD:
             peak = before + chain.backward_bytes[layer]
-            if not passed:  # the loss makes the first gradient
+            if layer == chain.depth and not chain.gradient_given:  # the loss makes the first gradient
                 peak = before + max(chain.loss_bytes, chain.gradient[layer] + chain.backward_bytes[layer])
             kept += 0 if chain.streaming else chain.parameter_gradients[layer]
             passed = chain.gradient[layer - 1] if layer > 1 else 0
         alive = checkpoints + segment + kept + passed
         moments.append(
-            Moment(action, chain.parameters, chain.optimizer, kept + passed, checkpoints, segment, max(peak - alive, 0))
+            Moment(
+                action,
+                chain.parameters,
+                chain.optimizer,
+                chain.accumulated + kept + passed,
+                checkpoints,
+                segment,
+                max(peak - alive, 0),
+            )
         )
     return moments
 

@@ -1,23 +1,23 @@
 """The training loop."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from npnet.backend import Array, backend_of
-from npnet.checkpoint import backpropagate, clear_gradients
+from npnet.backend import backend_of
 from npnet.checks import check_no_nan, check_one_hot, check_pairs, check_whole
 from npnet.datasets import batches
 from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
-from npnet.losses import Loss, TrainingDiverged, accuracy, check_finite
+from npnet.losses import Loss, TrainingDiverged, accuracy
 from npnet.optimizers import Optimizer
 from npnet.planner import plan
 from npnet.random import RNG, as_generator
-from npnet.schedule import Schedule
 from npnet.schedules import ScheduleLike, as_schedule
+from npnet.step import accumulated_step
 
 
 @dataclass(frozen=True)
@@ -52,34 +52,6 @@ class History:
         return [asdict(epoch) for epoch in self.epochs]
 
 
-def train_step(model: Sequential, loss: Loss, optimizer: Optimizer, schedule: Schedule, x: Array, y: Array) -> float:
-    """Forward, backward and update on one batch; each layer is updated, and its gradient freed, on the way back.
-
-    Args:
-        x: (batch, features).
-        y: targets, (batch, outputs).
-
-    Returns:
-        The loss before the update.
-
-    Raises:
-        TrainingDiverged: the loss is not finite; nothing was updated.
-    """
-    clear_gradients(model.layers)
-    value = 0.0
-
-    def output_gradient(output: Array) -> Array:
-        nonlocal value
-        loss_value, gradient = loss.value_and_gradient(output, y)
-        value = check_finite(loss_value)
-        return gradient
-
-    backpropagate(
-        model.layers, schedule, x, output_gradient, after_backward=lambda layer: optimizer.step(layer.parameters())
-    )
-    return value
-
-
 def fit(
     model: Sequential,
     training_data: Pair,
@@ -94,6 +66,9 @@ def fit(
     rng: RNG = None,
     shuffle: bool = True,
     decay: bool = False,
+    accumulation_steps: int = 1,
+    clip_norm: float | None = None,
+    determinism_check: bool = False,
     history: History | None = None,
     show: Mapping[str, str] | None = None,
     log: bool = True,
@@ -102,7 +77,7 @@ def fit(
 
     Args:
         training_data, test_data: (x, y), rows; accuracy on the test data is measured after each epoch.
-        batch_size: samples a step; the last batch of an epoch takes what is left.
+        batch_size: samples that run at a time; the last batch of an epoch takes what is left.
         schedule: what to keep and what to recompute; see `npnet.schedules.as_schedule`.
         memory_budget: instead, bytes or "20 MB": the most that a training step may take. The cheapest schedule for it
             is planned (`npnet.plan`). The batch is data, and not counted.
@@ -110,6 +85,10 @@ def fit(
         shuffle: False takes the samples in order.
         decay: let the learning rate fall linearly to zero over these epochs (Li, Yumer & Ramanan, "Budgeted
             Training", 2020).
+        accumulation_steps: update once in so many batches, with the gradient of all their samples together. A last
+            window that is not full counts by its number of samples.
+        clip_norm: scale the gradient down to this norm.
+        determinism_check: raise `npnet.checkpoint.NondeterministicLayer` if a recomputation gives other numbers; slow.
         history: to append to, so that it is there even when training is interrupted.
         show: more to say in the progress bar.
         log: show the progress bar.
@@ -129,7 +108,15 @@ def fit(
     if memory_budget is not None:
         if schedule != "none":
             raise ValueError("give schedule or memory_budget, not both")
-        schedule = plan(model, batch_size, memory_budget=memory_budget, loss=loss, optimizer=optimizer).schedule
+        schedule = plan(
+            model,
+            batch_size,
+            memory_budget=memory_budget,
+            loss=loss,
+            optimizer=optimizer,
+            streaming=clip_norm is None,
+            accumulation_steps=accumulation_steps,
+        ).schedule
     schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
     for name, pair in (("training data", training_data), ("test data", test_data)):
         if pair is not None:
@@ -139,21 +126,37 @@ def fit(
     x, y = training_data
     if batch_size > len(x):
         raise ValueError(f"batch_size: {batch_size} is more than the {len(x)} training samples")
-    first, rate, steps = len(history.epochs), optimizer.learning_rate, -(-len(x) // batch_size)
+    window = batch_size * check_whole(accumulation_steps, "accumulation_steps", least=1)
+    first, rate, steps = len(history.epochs), optimizer.learning_rate, -(-len(x) // window)
+    was_training = model.training
     for number in range(first, first + epochs):
         losses: list[float] = []
         seconds, score = 0.0, None
         progress = tqdm(total=steps, desc=f"epoch {number + 1}", unit="step", disable=not log, mininterval=0.5)
         try:
-            for batch in batches(x, y, batch_size, generator, shuffle):
+            model.train()
+            micro_batches = batches(x, y, batch_size, generator, shuffle)
+            for position in range(0, len(x), window):
                 start = time.perf_counter()
                 if decay:
                     optimizer.learning_rate = rate * (1 - ((number - first) * steps + len(losses)) / (epochs * steps))
-                losses.append(train_step(model, loss, optimizer, schedule, *batch))
+                losses.append(
+                    accumulated_step(
+                        model,
+                        loss,
+                        optimizer,
+                        schedule,
+                        itertools.islice(micro_batches, accumulation_steps),
+                        min(window, len(x) - position),
+                        clip_norm=clip_norm,
+                        determinism_check=determinism_check,
+                    )
+                )
                 seconds += time.perf_counter() - start
                 if log:
                     progress.set_postfix(_readings(losses, history.accuracy, show), refresh=False)
                 progress.update()
+            model.eval()
             score = accuracy(model.predict, *test_data) if test_data is not None else None
             progress.set_postfix(_readings(losses, score, show))
         except TrainingDiverged as error:
@@ -162,6 +165,7 @@ def fit(
             ) from None
         finally:
             optimizer.learning_rate = rate
+            model.train(was_training)
             progress.close()
             if losses:
                 history.epochs.append(Epoch(number + 1, len(losses), statistics.fmean(losses), score, seconds))

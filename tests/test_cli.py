@@ -17,7 +17,7 @@ from tests.scenarios import fresh_registry as fresh_registry
 from tests.small_mnist import first_digits, random_digits, write
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "compare", "data")
+COMMANDS = ("train", "plan", "compare", "data")
 
 
 def npnet_command(*arguments: Any) -> int:
@@ -51,7 +51,8 @@ def test_help_has_examples_that_work(command: str, capsys: pytest.CaptureFixture
     assert len(examples) >= 2
     for example in examples:
         assert build_parser().parse_args(shlex.split(example)).command == command
-    for option in ("--data", *(["--out", "--seed"] if command != "data" else [])):
+    options = {"data": ["--data"], "plan": ["--memory-budget", "--plot", "--json", "--measure"]}
+    for option in options.get(command, ["--data", "--out", "--seed"]):
         assert option in out
 
 
@@ -122,7 +123,8 @@ BAD: dict[str, tuple[str, str]] = {
     "rate in words": ("train --learning-rate fast", "the learning rate: expected a finite number, "),
     "negative interval": ("train --checkpoint-every -1", "the number of layers: expected a whole number, at least 0"),
     "interval in words": (
-        "train --checkpoint-every two", "expected a whole number of layers, 0 (off) or sqrt, got 'two'"
+        "train --checkpoint-every two",
+        "expected a whole number of layers (0: off), or one of none, sqrt, revolve, got 'two'",
     ),
     "negative seed": ("compare --seed -3", "--seed: seed: expected a whole number, at least 0, got -3"),
     "unknown backend": ("train --backend tpu", "unknown backend 'tpu'; choose one of 'numpy', 'cupy'"),

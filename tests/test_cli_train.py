@@ -13,6 +13,7 @@ import pytest
 
 import npnet
 from npnet import cli, mnist
+from npnet.schedules import as_schedule
 from tests.small_mnist import first_digits, write
 
 SAMPLES, TEST_SAMPLES = 650, 200
@@ -170,7 +171,7 @@ def test_classic_takes_whole_batches_only_in_order(small: Path, tmp_path: Path) 
 
 def test_the_defaults_are_deep_modern_and_checkpointed() -> None:
     options = cli.build_parser().parse_args(["train"])
-    assert options.checkpoint_every(21).name == "every 5"
+    assert as_schedule(options.checkpoint_every, 21).name == "every 5"
     assert len(mnist.MODERN.arch) == 22
     assert (mnist.MODERN.activation, mnist.MODERN.optimizer, mnist.MODERN.dtype) == ("relu", "adam", "float32")
     assert (mnist.CLASSIC.activation, mnist.CLASSIC.loss, mnist.CLASSIC.learning_rate) == ("sigmoid", "quadratic", 3.0)

@@ -6,22 +6,40 @@ import numpy as np
 import pytest
 
 from npnet.activations import ACTIVATIONS, Tanh, as_activation
+from npnet.blocks import GELU, Dropout, LayerNorm, Residual
+from npnet.checkpoint import checkpoint
 from npnet.initializers import kaiming_normal, normal, xavier_normal
-from npnet.layers import Dense, Sequential, mlp
+from npnet.layers import Dense, Linear, Sequential, mlp
+from npnet.random import one_step
 
 # OpenBLAS 0.3.31 with AVX-512 now and then raises the "invalid" flag in float32 products that are right (inner size 5).
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in dot:RuntimeWarning")
 
 NAMES = sorted(ACTIVATIONS)
 FORMULAS = {"sigmoid": lambda z: 1 / (1 + np.exp(-z)), "tanh": np.tanh, "relu": lambda z: np.where(z > 0, z, 0.0)}
+FORMULAS["softmax"] = lambda z: np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
 DENSE = {f"dense-{name}": lambda dtype, name=name: with_biases(Dense(4, 3, name, dtype=dtype, rng=1)) for name in NAMES}
 LAYERS = {
     **{name: lambda dtype, name=name: as_activation(name) for name in NAMES},
     **DENSE,
+    "linear": lambda dtype: with_biases(Linear(4, 3, dtype=dtype, rng=1)),
+    "layernorm": lambda dtype: with_biases(LayerNorm(4, dtype=dtype)),
+    "gelu": lambda dtype: GELU(),
+    "gelu-tanh": lambda dtype: GELU("tanh"),
+    "dropout": lambda dtype: Dropout(0.4, rng=2),
+    "residual": lambda dtype: Residual(with_biases(mlp([4, 5, 4], "tanh", "sigmoid", dtype=dtype, rng=3))),
+    "checkpoint": lambda dtype: checkpoint(Sequential(Linear(4, 4, dtype=dtype, rng=1), Dropout(0.3, rng=2), GELU())),
     "sequential": lambda dtype: with_biases(mlp([4, 5, 2, 3], "tanh", "sigmoid", dtype=dtype, rng=3)),
 }
 every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 every_dense = pytest.mark.parametrize("make", DENSE.values(), ids=DENSE)
+
+
+@pytest.fixture(autouse=True)
+def same_step():
+    """Within one training step whatever is random stays the same."""
+    with one_step(5):
+        yield
 
 
 def with_biases(layer):

@@ -12,10 +12,16 @@ def plain_softmax_cross_entropy(output, target):
     return -(target * np.log(probabilities)).sum() / len(output)
 
 
+def plain_bce(output, target):
+    p = 1 / (1 + np.exp(-output))
+    return -(target * np.log(p) + (1 - target) * np.log(1 - p)).mean()
+
+
 FORMULAS = {
     "quadratic": lambda output, target: ((output - target) ** 2).sum() / (2 * len(output)),
     "mean_squared_error": lambda output, target: ((output - target) ** 2).sum() / output.size,
     "softmax_cross_entropy": plain_softmax_cross_entropy,
+    "bce_with_logits": plain_bce,
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_shape = pytest.mark.parametrize("shape", [(1, 1), (1, 4), (5, 1), (5, 3)], ids=str)
@@ -27,6 +33,8 @@ def pair(name, shape=(5, 3), dtype=np.float64):
     output, target = random.standard_normal((2, *shape))
     if name == "softmax_cross_entropy":
         target = random.dirichlet(np.ones(shape[1]), shape[0])
+    if name == "bce_with_logits":
+        target = random.random(shape)
     return output.astype(dtype), target.astype(dtype)
 
 
@@ -91,11 +99,30 @@ def test_a_batch_given_twice_costs_the_same(name):
 @every_loss
 def test_the_right_output_costs_nothing_more_and_has_no_gradient(name):
     _, target = pair(name)
-    output = np.log(target) if name == "softmax_cross_entropy" else target.copy()
+    output, entropy = target.copy(), 0.0
+    if name == "softmax_cross_entropy":
+        output, entropy = np.log(target), -(target * np.log(target)).sum() / len(target)
+    if name == "bce_with_logits":
+        output = np.log(target / (1 - target))
+        entropy = plain_bce(output, target)
     value, gradient = LOSSES[name]().value_and_gradient(output, target)
-    entropy = -(target * np.log(target)).sum() / len(target) if name == "softmax_cross_entropy" else 0
     assert float(value) == pytest.approx(entropy, rel=1e-12)
     np.testing.assert_allclose(gradient, 0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bce_with_logits_is_exact_for_huge_logits(dtype):
+    value, gradient = LOSSES["bce_with_logits"]().value_and_gradient(
+        np.array([[1e4, -1e4], [3e4, 0]], dtype), np.array([[1, 0], [0, 1]], dtype)
+    )
+    assert float(value) == pytest.approx((3e4 + np.log(2)) / 4, rel=1e-6)
+    np.testing.assert_allclose(gradient, np.array([[0, 0], [1, -0.5]]) / 4, rtol=1e-6)
+
+
+def test_bce_with_logits_refuses_targets_that_are_no_probabilities():
+    for target in ([[1.5]], [[-0.1]], [[np.nan]]):
+        with pytest.raises(ValueError, match="binary cross-entropy needs values from 0 to 1"):
+            LOSSES["bce_with_logits"]().check_targets(np.array(target), 1)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

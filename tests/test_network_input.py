@@ -86,7 +86,11 @@ BAD_OPTIONS = {
     "unknown schedule 'best'; choose one of 'none', 'sqrt'": [{"schedule": "best"}],
     "layer 1 has no backward pass": [{"schedule": list(every_nth(4, 2))[:-1]}],
     "schedule: expected a Schedule .* list": [{"schedule": 7}, {"schedule": [1]}],
-    "one of checkpoint_every_nth_layer, schedule and memory_budget, not more": [{"schedule": "sqrt", "checkpoint_every_nth_layer": 2}],
+    "one of checkpoint_every_nth_layer, schedule and memory_budget, not more": [
+        {"schedule": "sqrt", "checkpoint_every_nth_layer": 2},
+        {"schedule": "sqrt", "memory_budget": "20 MB"},
+        {"memory_budget": 10**6, "checkpoint_every_nth_layer": 1},
+    ],
     "dtype": [{"dtype": kind} for kind in (int, complex, object, bool, str)],
     "rng": [{"rng": rng} for rng in ("a", True, 1.5, -1, np.random.RandomState(0))],
     "unknown backend 'abacus'; choose one of": [{"backend": "abacus"}],

@@ -18,7 +18,18 @@ import npnet
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "npnet").glob("*.py"))}
 ORDER = [
-    *("backend", "checks", "random", "initializers", "layer", "activations", "layers", "blocks", "losses", "optimizers"),
+    *(
+        "backend",
+        "checks",
+        "random",
+        "initializers",
+        "layer",
+        "activations",
+        "layers",
+        "blocks",
+        "losses",
+        "optimizers",
+    ),
     *(
         "schedule",
         "schedules",
@@ -28,6 +39,7 @@ ORDER = [
         "plans",
         "planner",
         "checkpoint",
+        "step",
         "lending",
         "network",
         "network_with_checkpointing",
@@ -219,7 +231,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
     assert {"numpy", "cupy", "pooch"} <= imported
-    assert imported - set(sys.stdlib_module_names) - {"npnet"} <= declared
+    assert imported - set(sys.stdlib_module_names) - {"npnet", "cupyx"} <= declared  # cupyx comes with cupy
 
 
 # The README.

@@ -1,0 +1,192 @@
+"""One training step: gradients of one batch, or of several added up, and the update."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from npnet.backend import Array
+from npnet.checkpoint import backpropagate, clear_gradients
+from npnet.layer import Layer, Pair, needs_saved
+from npnet.layers import Sequential
+from npnet.losses import Loss, check_finite
+from npnet.optimizers import Optimizer, clip_grad_norm
+from npnet.random import one_step
+from npnet.schedule import Schedule
+from npnet.schedules import ScheduleLike, as_schedule
+
+
+def chain(model: Layer) -> Sequence[Layer]:
+    """The layers that a schedule runs over: those of a `Sequential`, else the model as a single one."""
+    return model.layers if isinstance(model, Sequential) else [model]
+
+
+def add_gradients(
+    model: Layer,
+    loss: Loss,
+    x: Array,
+    y: Array,
+    *,
+    weight: float = 1.0,
+    schedule: ScheduleLike = "none",
+    after_backward: Callable[[Layer], None] | None = None,
+    determinism_check: bool = False,
+) -> float:
+    """Add ``weight`` times the gradient of the loss into the parameters, on top of what is there.
+
+    Args:
+        x: (batch, features).
+        y: targets, (batch, outputs).
+        weight: a micro-batch's share of the batch that it is part of, if that is accumulated.
+        schedule, after_backward, determinism_check: as for `npnet.checkpoint.backpropagate`.
+
+    Returns:
+        ``weight`` times the loss.
+
+    Raises:
+        TrainingDiverged: the loss is not finite; all gradients are cleared.
+    """
+    layers = chain(model)
+    value = 0.0
+
+    def output_gradient(output: Array) -> Array:
+        nonlocal value
+        loss_value, gradient = loss.value_and_gradient(output, y)
+        value = check_finite(loss_value) * weight
+        if weight != 1:
+            gradient *= weight
+        return gradient
+
+    backpropagate(
+        layers,
+        as_schedule(schedule, len(layers), needs_saved(layers)),
+        x,
+        output_gradient,
+        after_backward=after_backward,
+        determinism_check=determinism_check,
+    )
+    return value
+
+
+def value_and_grad(
+    model: Layer, loss: Loss, x: Array, y: Array, *, schedule: ScheduleLike = "none", determinism_check: bool = False
+) -> tuple[float, dict[str, Array]]:
+    """The loss and all its gradients, by the parameters' paths (see `Layer.named_parameters`); nothing is updated.
+
+    Args, raises: as for `add_gradients`.
+    """
+    clear_gradients([model])
+    value = add_gradients(model, loss, x, y, schedule=schedule, determinism_check=determinism_check)
+    return value, {name: parameter.take_gradient() for name, parameter in model.named_parameters().items()}
+
+
+def train_step(
+    model: Layer,
+    loss: Loss,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    x: Array,
+    y: Array,
+    *,
+    clip_norm: float | None = None,
+) -> float:
+    """Forward, backward and update on one batch: `accumulated_step` with a single micro-batch."""
+    return accumulated_step(model, loss, optimizer, schedule, [(x, y)], len(x), clip_norm=clip_norm)
+
+
+def accumulated_step(
+    model: Layer,
+    loss: Loss,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    micro_batches: Iterable[Pair],
+    samples: int,
+    *,
+    clip_norm: float | None = None,
+    determinism_check: bool = False,
+) -> float:
+    """One update from the gradients of several micro-batches: that of the one large batch that they make up.
+
+    Each counts by its number of samples. With the last one each layer is updated, and its gradient freed, on the way
+    back.
+
+    Args:
+        micro_batches: pairs (x, y), (batch, features) and (batch, outputs).
+        samples: how many rows they have together.
+        clip_norm: scale the gradient to this norm at most (see `clip_grad_norm`). Then all gradients are alive
+            together, and the update comes after the backward pass.
+
+    Returns:
+        The loss before the update.
+
+    Raises:
+        TrainingDiverged: the loss is not finite; nothing was updated.
+        ValueError: the micro-batches have more rows, or fewer.
+    """
+    clear_gradients([model])
+    value, seen = 0.0, 0
+    try:
+        for x, y in micro_batches:
+            seen += len(x)
+            last = seen >= samples and clip_norm is None
+            if seen > samples:
+                break
+            value += add_gradients(
+                model,
+                loss,
+                x,
+                y,
+                weight=len(x) / samples,
+                schedule=schedule,
+                after_backward=(lambda layer: optimizer.step(layer.parameters())) if last else None,
+                determinism_check=determinism_check,
+            )
+        if seen != samples:
+            raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")
+        if clip_norm is not None:
+            clip_grad_norm(model.parameters(), clip_norm)
+            optimizer.step(model.parameters())
+    except BaseException:
+        clear_gradients([model])
+        raise
+    return value
+
+
+def lazy_gradient(
+    before: Sequential,
+    after: Sequential,
+    loss: Loss,
+    x: Array,
+    y: Array,
+    *,
+    after_backward: Callable[[Layer], None] | None = None,
+) -> float:
+    """Add the gradient of a model in two halves, that of the second half first.
+
+    Only the bottleneck between the two is kept of the first half's forward pass. The gradient at the bottleneck is
+    taken through ``after``; when all that this needed is gone, ``before`` is run again, and the gradient sent back
+    through it.
+
+    Args:
+        before, after: the halves: the model's output is ``after(before(x))``.
+        after_backward: called with each layer once its gradients are complete: an update there frees them.
+
+    Returns:
+        The loss.
+
+    Raises:
+        TrainingDiverged: the loss is not finite; all gradients are cleared.
+    """
+    value = 0.0
+
+    def output_gradient(output: Array) -> Array:
+        nonlocal value
+        loss_value, gradient = loss.value_and_gradient(output, y)
+        value = check_finite(loss_value)
+        return gradient
+
+    plain = [as_schedule("none", len(half.layers), needs_saved(half.layers)) for half in (before, after)]
+    with one_step():  # the first half draws the same random numbers again
+        gradient = backpropagate(
+            after.layers, plain[1], before.predict(x), output_gradient, after_backward=after_backward, needs_dx=True
+        )
+        assert gradient is not None
+        backpropagate(before.layers, plain[0], x, lambda _: gradient, after_backward=after_backward)
+    return value
