@@ -4,6 +4,7 @@ Where to start reading: `npnet.layer` (layers that never remember), `npnet.sched
 recompute, as a list of actions), `npnet.checkpoint` (the forty lines that run such a list).
 """
 
+from npnet import animation, plots, schedules
 from npnet.activations import Activation, Identity, ReLU, Sigmoid, Softmax, Tanh
 from npnet.backend import (
     BackendUnavailable,
@@ -17,6 +18,13 @@ from npnet.backend import (
 )
 from npnet.blocks import GELU, Dropout, LayerNorm, Residual
 from npnet.checkpoint import backpropagate
+from npnet.curvature import (
+    gradient_norm_gradient,
+    hessian,
+    hessian_vector_product,
+    largest_eigenvalue,
+    second_order_step,
+)
 from npnet.datasets import DataError, batches, load_mnist, one_hot
 from npnet.layer import Layer, LayerCost, Parameter
 from npnet.layers import Dense, Linear, Sequential, mlp
@@ -74,6 +82,7 @@ __all__ = [
     "TrainingDiverged",
     "accumulated_step",
     "add_gradients",
+    "animation",
     "array_module",
     "available_backends",
     "backpropagate",
@@ -81,6 +90,10 @@ __all__ = [
     "clip_grad_norm",
     "fit",
     "get_backend",
+    "gradient_norm_gradient",
+    "hessian",
+    "hessian_vector_product",
+    "largest_eigenvalue",
     "lazy_gradient",
     "load_mnist",
     "measure_peak",
@@ -89,7 +102,10 @@ __all__ = [
     "mlp",
     "one_hot",
     "plan",
+    "plots",
     "register_backend",
+    "schedules",
+    "second_order_step",
     "set_seed",
     "step_costs",
     "to_backend",

@@ -89,6 +89,11 @@ def register_backend(name: str, load: Callable[[], Backend]) -> None:
         _by_type.pop(replaced.array_type, None)
 
 
+def register_array_type(backend: Backend) -> None:
+    """Make ``backend.array_type`` an array that layers run on, but not a backend to choose (see `npnet.dual`)."""
+    _by_type[backend.array_type] = backend
+
+
 def get_backend(name: str | None = None) -> Backend:
     """The backend called ``name``; without a name the current one.
 

@@ -1,5 +1,6 @@
 """Layers to build models of besides dense ones: Dropout, LayerNorm, GELU, Residual."""
 
+import importlib
 import math
 from typing import Any
 
@@ -168,7 +169,7 @@ class GELU(Layer):
         """P(x), a new array."""
         xp = array_module(x)
         if self.approximate == "none":
-            p = _erf(x * (1 / math.sqrt(2)))  # (batch, features)
+            p = erf(x * (1 / math.sqrt(2)))  # (batch, features)
         else:
             p = xp.multiply(x, x)
             xp.multiply(p, 0.044715, out=p)
@@ -213,17 +214,18 @@ class GELU(Layer):
         return LayerCost(shape, bytes_, 0, bytes_ if exact else 0, 0, workspace, 9 * size, 17 * size)
 
 
-def _erf(x: Array) -> Array:
+def erf(x: Array) -> Array:
     """The error function, elementwise: SciPy's where there is one, CuPy's on a GPU, else Python's, number by number."""
     xp = array_module(x)
-    if xp is not np:
-        from cupyx.scipy.special import erf  # no other backend has it
+    function: Any
+    if hasattr(xp, "erf"):
+        function = xp.erf
     else:
         try:
-            from scipy.special import erf
+            function = importlib.import_module("scipy.special" if xp is np else "cupyx.scipy.special").erf
         except ImportError:
-            erf = np.vectorize(math.erf, otypes=[x.dtype])
-    result: Array = erf(x)
+            function = np.vectorize(math.erf, otypes=[x.dtype])
+    result: Array = function(x)
     return result
 
 

@@ -12,9 +12,9 @@ where that needs what the layer saved, or on the way up, when t = L, a_t is not 
     T(s, t, m) = the least of  f_s + ... + f_k + T(k+1, t, m - A_k) + T(s, k, m)  for s <= k < t  (keep a_k alone)
                           and  f_s + T(s+1, t, m - A_s - S_s)                     (keep a_s and what layer s saved)
 
-each infinite where the forward of a layer from s to t - 1, or the backward pass of layer s at the end, does not fit into
-m. If every layer saves, this is the recurrence of Beaumont, Eyraud-Dubois, Herrmann, Joly & Shilova, "Optimal checkpointing for
-heterogeneous chains", 2019, arXiv:1911.13214; if none does, a finer one that runs fewer layers again.
+each infinite where the forward of a layer from s to t - 1, or the backward pass of layer s at the end, does not fit
+into m. If every layer saves, this is the recurrence of Beaumont, Eyraud-Dubois, Herrmann, Joly & Shilova, "Optimal
+checkpointing for heterogeneous chains", 2019, arXiv:1911.13214; if none does, a finer one that runs fewer layers again.
 
 All m that occur are the budget minus sums of A and S. So they are the budget's remainder plus multiples of the greatest
 common divisor of A and S, and a table over these multiples is exact: nothing is rounded.

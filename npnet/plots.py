@@ -244,8 +244,7 @@ def _draw_timeline(ax: "Axes", plan: Plan, total: npt.NDArray[np.float64] | None
     most = max(peaks)
     at, peak = peaks.index(most), f"peak {format_bytes(most)}"
     if total is not None:
-        steps = np.maximum.reduceat(total, starts)
-        ax.stairs(steps, edges, baseline=None, color="black", linewidth=0.9, label="measured")
+        ax.stairs(np.maximum.reduceat(total, starts), edges, baseline=None, color="black", label="measured")
         peak, most = f"{peak}\nmeasured {format_bytes(total.max())}", max(most, int(total.max()))
     side = "left" if at < 0.3 * number else "right" if at > 0.7 * number else "center"
     arrow = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0}
@@ -312,20 +311,19 @@ def plot_tradeoff(
     span = max(every[:, 0].max() - peaks[0], 0.1 * peaks[0])
     left, right = peaks[0] - 0.12 * span, every[:, 0].max() + 0.05 * span
     ax.axvspan(left, peaks[0], color="#e9e9e9", zorder=0)
-    style: dict[str, Any] = {"fontsize": 9, "color": "#555555", "ha": "center", "va": "center"}
-    ax.text((left + peaks[0]) / 2, top / 2, "infeasible: no schedule fits", rotation=90, **style)
+    ax.text((left + peaks[0]) / 2, top / 2, "no schedule fits", rotation=90, ha="center", va="center", color="#555555")
     for name, xy in points.items():
-        plans, style = tradeoff.others[name], dict(STRATEGIES.get(name, {"marker": "D", "markersize": 5}))
+        plans, style = tradeoff.others[name], STRATEGIES.get(name, {"marker": "D", "markersize": 5})
         label = f"{name} ({plans[0].schedule.name})" if len(plans) == 1 else name
         ax.plot(*xy.T, linestyle="", label=label, markeredgecolor="white", markeredgewidth=0.5, **style)
-        _name(ax, plans if len(plans) > 1 else [], top)
-    style = {"drawstyle": "steps-post", "markersize": 3.5, "linewidth": 1.8, "zorder": 3}
-    style["markevery"] = list(range(len(peaks)))  # not the end of the line, at the right
+        _name(ax, plans if len(plans) > 1 else [], 0.06 * span, top)
+    shown = [*range(len(peaks))]  # not the end of the line, at the right
+    style = {"drawstyle": "steps-post", "markersize": 3.5, "markevery": shown, "linewidth": 1.8, "zorder": 3}
     ax.plot([*peaks, right], [*costs, costs[-1]], "o-", color=BLUE, label="optimal", **style)
     if len(pairs):
         ax.plot(*pairs.T, "x", color="black", label="measured", markersize=8, markeredgewidth=1.8, zorder=5)
     plan = tradeoff.optimal[0]
-    ax.set_title(f"what memory costs in time: {plan.chain.depth} layers, batch size {plan.batch_size}", fontsize=11)
+    ax.set_title(f"what memory costs in time\n{plan.chain.depth} layers, batch size {plan.batch_size}", fontsize=11)
     bytes_axis(ax.xaxis, right, "peak bytes of a training step")
     ax.set(ylabel="recomputation in % of a plain step's flops", xlim=(left, right), ylim=(-0.03 * top, top))
     ax.spines[["top", "right"]].set_visible(False)
@@ -338,13 +336,15 @@ def _points(plans: Sequence[Plan]) -> npt.NDArray[np.float64]:
     return np.array([(plan.peak_bytes, 100 * plan.overhead) for plan in plans], dtype=np.float64).reshape(-1, 2)
 
 
-def _name(ax: "Axes", plans: Sequence[Plan], top: float) -> None:
-    """Name four at most of the ``plans``: below ``top`` %, and such that no other one is better."""
+def _name(ax: "Axes", plans: Sequence[Plan], apart: float, top: float) -> None:
+    """Name four at most of the ``plans``, some bytes apart: below ``top`` %, and such that no other one is better."""
     best: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.peak_bytes, plan.overhead)):
         if 0 < plan.overhead < min([top / 100, *(other.overhead for other in best)]):
             best.append(plan)
     style: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 8, "color": "#333333", "parse_math": False}
+    last = -apart
     for plan in best if len(best) <= 4 else [best[i * len(best) // 5] for i in range(1, 5)]:
-        name, at = plan.schedule.name.replace("revolve", "slots"), _points([plan])[0]
-        ax.annotate(name, at, (-1, -2), textcoords="offset points", **style)  # where no other one is
+        if plan.peak_bytes - last > apart:
+            name, (last, cost) = plan.schedule.name.replace("revolve", "slots"), _points([plan])[0]
+            ax.annotate(name, (last, cost), (-1, -2), textcoords="offset points", **style)  # where no other one is

@@ -1,0 +1,251 @@
+"""Dual numbers: arrays that carry a derivative along.
+
+A dual array is a value u and a tangent u', the derivative of u in some direction. Arithmetic on duals follows the rules
+of calculus: (u v)' = u' v + u v', exp(u)' = u' exp(u), and so on. `Dual` and `DualModule` stand in for an array and its
+module, so that a layer runs on them as it is: npnet's layers ask for the module of what they are given
+(`npnet.array_module`). Running the *backward* pass on duals gives the derivative of the gradient, which is what
+`npnet.curvature` is about.
+
+Clifford, "Preliminary sketch of biquaternions", 1873; Griewank & Walther, "Evaluating Derivatives", 2008, chapter 3.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from npnet.backend import Array, Backend, array_module, register_array_type, to_host
+
+Tangent: TypeAlias = Array | None
+"""None is zero: nothing is computed with it."""
+
+
+class Dual:
+    """An array ``value`` and its ``tangent``, of the same shape."""
+
+    __slots__ = ("tangent", "value")
+    __array_ufunc__ = None  # an operation with a NumPy array is ours
+
+    def __init__(self, value: Any, tangent: Tangent = None) -> None:
+        self.value, self.tangent = value, tangent
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of an array."""
+        return self.value.shape  # type: ignore[no-any-return]
+
+    @property
+    def ndim(self) -> int:
+        """As of an array."""
+        return self.value.ndim  # type: ignore[no-any-return]
+
+    @property
+    def size(self) -> int:
+        """As of an array."""
+        return self.value.size  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As of an array."""
+        return self.value.dtype  # type: ignore[no-any-return]
+
+    @property
+    def T(self) -> "Dual":  # noqa: N802 - NumPy's name
+        """The transpose."""
+        return self._linear(lambda u: u.T)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def _linear(self, f: Any) -> "Dual":
+        """f(self) for a linear f, which is its own derivative."""
+        return Dual(f(self.value), None if self.tangent is None else f(self.tangent))
+
+    def __getitem__(self, index: Any) -> "Dual":
+        return self._linear(lambda u: u[index])
+
+    def ravel(self, order: str = "C") -> "Dual":
+        """In one row."""
+        return self._linear(lambda u: u.ravel(order))
+
+    def reshape(self, *shape: int) -> "Dual":
+        """In another shape."""
+        return self._linear(lambda u: u.reshape(*shape))
+
+    def copy(self, order: str = "C") -> "Dual":
+        """A new array."""
+        return self._linear(lambda u: u.copy(order))
+
+    def sum(self, axis: int | None = None, keepdims: bool = False) -> "Dual":
+        """(u + v)' = u' + v'."""
+        return self._linear(lambda u: u.sum(axis=axis, keepdims=keepdims))
+
+    def mean(self, axis: int | None = None, keepdims: bool = False) -> "Dual":
+        """As `sum`."""
+        return self._linear(lambda u: u.mean(axis=axis, keepdims=keepdims))
+
+    def max(self, axis: int | None = None, keepdims: bool = False) -> "Dual":
+        """The maximum as a constant: right where only a shift that cancels is made of it, as in softmax."""
+        return Dual(self.value.max(axis=axis, keepdims=keepdims))
+
+    def __add__(self, other: Any) -> "Dual":
+        return MODULE.add(self, other)
+
+    def __sub__(self, other: Any) -> "Dual":
+        return MODULE.subtract(self, other)
+
+    def __rsub__(self, other: Any) -> "Dual":
+        return MODULE.subtract(other, self)
+
+    def __mul__(self, other: Any) -> "Dual":
+        return MODULE.multiply(self, other)
+
+    def __truediv__(self, other: Any) -> "Dual":
+        return MODULE.divide(self, other)
+
+    def __rtruediv__(self, other: Any) -> "Dual":
+        return MODULE.divide(other, self)
+
+    def __iadd__(self, other: Any) -> "Dual":
+        return MODULE.add(self, other, out=self)
+
+    def __imul__(self, other: Any) -> "Dual":
+        return MODULE.multiply(self, other, out=self)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def _split(x: Any) -> tuple[Any, Tangent]:
+    """(value, tangent) of anything: what is no dual is a constant."""
+    return (x.value, x.tangent) if isinstance(x, Dual) else (x, None)
+
+
+def _times(tangent: Tangent, factor: Any) -> Tangent:
+    return None if tangent is None else tangent * factor
+
+
+def _plus(a: Tangent, b: Tangent) -> Tangent:
+    return b if a is None else a if b is None else a + b
+
+
+def _result(value: Any, tangent: Tangent, out: Dual | None) -> Dual:
+    """The dual array, in place of ``out`` if that is given."""
+    if tangent is not None and tangent.shape != value.shape:  # the tangent of a bias, say, on its way to a batch
+        tangent = tangent + value * 0
+    if out is None:
+        return Dual(value, tangent)
+    out.value, out.tangent = value, tangent
+    return out
+
+
+class DualModule:
+    """The functions that layers and losses call on an array module, on dual arrays, with their derivatives."""
+
+    def asarray(self, x: Any) -> Dual:
+        """A constant, if it is no dual."""
+        return x if isinstance(x, Dual) else Dual(x)
+
+    def ones(self, length: int, dtype: Any) -> Dual:
+        """A constant."""
+        return Dual(np.ones(length, dtype))
+
+    def add(self, x: Any, y: Any, out: Dual | None = None) -> Dual:
+        """(u + v)' = u' + v'."""
+        (u, du), (v, dv) = _split(x), _split(y)
+        return _result(u + v, _plus(du, dv), out)
+
+    def subtract(self, x: Any, y: Any, out: Dual | None = None) -> Dual:
+        """(u - v)' = u' - v'."""
+        (u, du), (v, dv) = _split(x), _split(y)
+        return _result(u - v, _plus(du, _times(dv, -1)), out)
+
+    def multiply(self, x: Any, y: Any, out: Dual | None = None) -> Dual:
+        """(u v)' = u' v + u v'."""
+        (u, du), (v, dv) = _split(x), _split(y)
+        return _result(u * v, _plus(_times(du, v), _times(dv, u)), out)
+
+    def divide(self, x: Any, y: Any, out: Dual | None = None) -> Dual:
+        """(u / v)' = u' / v - (u / v) v' / v."""
+        (u, du), (v, dv) = _split(x), _split(y)
+        quotient = u / v
+        return _result(quotient, _plus(_times(du, 1 / v), _times(dv, -quotient / v)), out)
+
+    def negative(self, x: Any, out: Dual | None = None) -> Dual:
+        """(-u)' = -u'."""
+        u, du = _split(x)
+        return _result(-u, _times(du, -1), out)
+
+    def exp(self, x: Any, out: Dual | None = None) -> Dual:
+        """(e^u)' = e^u u'."""
+        u, du = _split(x)
+        value = array_module(u).exp(u)
+        return _result(value, _times(du, value), out)
+
+    def log(self, x: Any, out: Dual | None = None) -> Dual:
+        """(log u)' = u' / u."""
+        u, du = _split(x)
+        return _result(array_module(u).log(u), _times(du, 1 / u), out)
+
+    def log1p(self, x: Any, out: Dual | None = None) -> Dual:
+        """log(1 + u)' = u' / (1 + u)."""
+        u, du = _split(x)
+        return _result(array_module(u).log1p(u), _times(du, 1 / (1 + u)), out)
+
+    def sqrt(self, x: Any, out: Dual | None = None) -> Dual:
+        """(sqrt u)' = u' / (2 sqrt u)."""
+        u, du = _split(x)
+        value = array_module(u).sqrt(u)
+        return _result(value, _times(du, 0.5 / value), out)
+
+    def tanh(self, x: Any, out: Dual | None = None) -> Dual:
+        """(tanh u)' = (1 - tanh^2 u) u'."""
+        u, du = _split(x)
+        value = array_module(u).tanh(u)
+        return _result(value, _times(du, 1 - value * value), out)
+
+    def erf(self, x: Any) -> Dual:
+        """(erf u)' = 2 / sqrt(pi) e^(-u^2) u'."""
+        from npnet.blocks import erf
+
+        u, du = _split(x)
+        return _result(erf(u), _times(du, 2 / np.sqrt(np.pi) * array_module(u).exp(-u * u)), None)
+
+    def abs(self, x: Any, out: Dual | None = None) -> Dual:
+        """|u|' = sign(u) u'."""
+        u, du = _split(x)
+        return _result(abs(u), _times(du, array_module(u).sign(u)), out)
+
+    def sign(self, x: Any, out: Dual | None = None) -> Dual:
+        """A constant."""
+        u, _ = _split(x)
+        return _result(array_module(u).sign(u), None, out)
+
+    def maximum(self, x: Any, y: Any, out: Dual | None = None) -> Dual:
+        """The derivative of the larger one."""
+        (u, du), (v, dv) = _split(x), _split(y)
+        return _result(array_module(u).maximum(u, v), _plus(_times(du, u > v), _times(dv, u <= v)), out)
+
+    def minimum(self, x: Any, y: Any, out: Dual | None = None) -> Dual:
+        """The derivative of the smaller one."""
+        (u, du), (v, dv) = _split(x), _split(y)
+        return _result(array_module(u).minimum(u, v), _plus(_times(du, u < v), _times(dv, u >= v)), out)
+
+    def dot(self, x: Any, y: Any) -> Dual:
+        """(U V)' = U' V + U V'."""
+        (u, du), (v, dv) = _split(x), _split(y)
+        return Dual(u.dot(v), _plus(None if du is None else du.dot(v), None if dv is None else u.dot(dv)))
+
+    def einsum(self, subscripts: str, x: Any, y: Any) -> Dual:
+        """The product rule, for any product of two."""
+        (u, du), (v, dv) = _split(x), _split(y)
+        einsum = array_module(u).einsum
+        tangent = _plus(
+            None if du is None else einsum(subscripts, du, v), None if dv is None else einsum(subscripts, u, dv)
+        )
+        return Dual(einsum(subscripts, u, v), tangent)
+
+
+MODULE = DualModule()
+register_array_type(Backend("dual", MODULE, Dual, lambda x: to_host(x.value)))
