@@ -298,8 +298,7 @@ def plot_tradeoff(
         measured: pairs (peak bytes, overhead), the overhead as in `Plan.overhead`: 0.25 for a quarter of a plain step.
 
     Raises:
-        TypeError: not a `Tradeoff`.
-        ValueError: ``measured`` is not pairs of finite numbers.
+        TypeError, ValueError: not a `Tradeoff`, or ``measured`` is not pairs of finite numbers.
     """
     pairs = _numbers([] if measured is None else measured, (-1, 2), "pairs such as (900_000, 0.25)") * (1, 100)
     ax = axes_or_new(ax, (7, 4.6))
@@ -307,7 +306,8 @@ def plot_tradeoff(
     peaks, costs = _points(tradeoff.optimal).T
     points = {name: _points(plans) for name, plans in tradeoff.others.items()}
     every = np.concatenate([*points.values(), pairs, _points(tradeoff.optimal)])  # shape (points, 2)
-    top = max([2 * costs.max(), *1.1 * pairs[:, 1]]) or 1.1 * every[:, 1].max() or 1.0
+    gentle = costs[peaks > 0.9 * peaks[0] + 0.1 * peaks[-1]]  # the steep beginning may go out of the picture
+    top = min(2 * costs.max(), 3 * gentle.max(initial=0)) or 2 * costs.max() or 1.1 * every[:, 1].max() or 1.0
     span = max(every[:, 0].max() - peaks[0], 0.1 * peaks[0])
     left, right = peaks[0] - 0.12 * span, every[:, 0].max() + 0.05 * span
     ax.axvspan(left, peaks[0], color="#e9e9e9", zorder=0)

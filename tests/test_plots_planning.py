@@ -141,7 +141,8 @@ def test_tradeoff() -> None:
     assert len({artist.get_marker() for artist in ax.lines}) == len(ax.lines) == 5
     (left, _), (right, _) = ax.transData.inverted().transform(ax.patches[0].get_window_extent())  # what is infeasible
     assert (left, right) == pytest.approx((ax.get_xlim()[0], curve.optimal[0].peak_bytes))
-    assert ax.get_ylim()[1] == pytest.approx(200 * curve.optimal[0].overhead)
+    costs = [100 * plan.overhead for plan in curve.optimal]
+    assert max(costs[2:]) < ax.get_ylim()[1] <= 2 * costs[0]  # the steep beginning may be cut off, no more
     assert ax.get_xlabel() == "peak bytes of a training step (kB)"
     assert {"no schedule fits", "every 2", "slots 5"} <= {text.get_text() for text in ax.texts}
     assert len(ax.texts) <= 9  # not all are named
