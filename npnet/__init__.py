@@ -25,7 +25,7 @@ from npnet.curvature import (
     largest_eigenvalue,
     second_order_step,
 )
-from npnet.datasets import DataError, batches, load_mnist, one_hot
+from npnet.datasets import DataError, batches, load_diabetes, load_mnist, make_linear, one_hot
 from npnet.layer import Layer, LayerCost, Parameter
 from npnet.layers import Dense, Linear, Sequential, mlp
 from npnet.losses import BCEWithLogits, Loss, MeanSquaredError, Quadratic, SoftmaxCrossEntropy, TrainingDiverged
@@ -36,9 +36,11 @@ from npnet.network_with_checkpointing import NetworkWithCheckpointing
 from npnet.optimizers import SGD, Adam, Optimizer, clip_grad_norm
 from npnet.planner import Tradeoff, plan, tradeoff
 from npnet.plans import InfeasibleBudget, Plan
+from npnet.precision import GradScaler, mixed_precision
 from npnet.random import set_seed
 from npnet.schedule import InvalidSchedule, Schedule
 from npnet.step import accumulated_step, add_gradients, lazy_gradient, train_step, value_and_grad
+from npnet.summary import summary
 from npnet.training import History, fit
 
 __version__ = "0.1.0"
@@ -53,6 +55,7 @@ __all__ = [
     "DataError",
     "Dense",
     "Dropout",
+    "GradScaler",
     "History",
     "Identity",
     "InfeasibleBudget",
@@ -95,10 +98,13 @@ __all__ = [
     "hessian_vector_product",
     "largest_eigenvalue",
     "lazy_gradient",
+    "load_diabetes",
     "load_mnist",
+    "make_linear",
     "measure_peak",
     "measure_rss_peak",
     "measure_timeline",
+    "mixed_precision",
     "mlp",
     "one_hot",
     "plan",
@@ -108,6 +114,7 @@ __all__ = [
     "second_order_step",
     "set_seed",
     "step_costs",
+    "summary",
     "to_backend",
     "to_host",
     "tradeoff",

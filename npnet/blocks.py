@@ -57,17 +57,10 @@ class Dropout(Layer):
         size = shape[0] * shape[1]
         drops = self.training and self.p > 0
         mask = size if drops else 0
-        random = size * 4 if drops else 0  # the numbers that the mask is made of
-        return LayerCost(
-            shape,
-            size * dtype.itemsize,
-            mask,
-            max(mask + random - size * dtype.itemsize, mask),
-            0,
-            0,
-            3 * size,
-            2 * size,
-        )
+        random = 4 * size if drops else 0  # the numbers that the mask is made of, gone before y is there
+        bytes_ = size * dtype.itemsize
+        forward = max(mask, mask + random - bytes_)
+        return LayerCost(shape, bytes_, mask, forward, 0, 0, 3 * size, 2 * size, mask_bytes=mask)
 
 
 class LayerNorm(Layer):
@@ -278,6 +271,8 @@ class Residual(Layer):
             bytes_ + inner.backward_bytes,
             inner.forward_flops + size,
             inner.backward_flops + size,
+            inner.mask_bytes,
+            inner.output_gradient_bytes,
         )
 
     def _check(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:

@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The command line: npnet train | plan | compare | data."""
+"""The command line: npnet train | plan | compare | device | data."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ from npnet import compare, datasets, mnist, schedules
 from npnet.activations import ACTIVATIONS
 from npnet.backend import BackendUnavailable, get_backend
 from npnet.checks import check_number, check_sizes, check_whole
+from npnet.device import compare_devices
 from npnet.losses import LOSSES, TrainingDiverged
 from npnet.memory import parse_bytes
 from npnet.optimizers import OPTIMIZERS
@@ -43,6 +44,11 @@ COMPARE_EXAMPLES = """\
 examples:
   npnet compare --quick                     a tenth of the data, and fewer rounds
   npnet compare --out runs/report           and report.txt, report.json, a .csv and a .png for each table
+"""
+DEVICE_EXAMPLES = """\
+examples:
+  npnet device                              two 5000 x 5000 matrices on the CPU, and on the GPU where there is one
+  npnet device --size 1000 --repeats 20
 """
 DATA_EXAMPLES = """\
 examples:
@@ -147,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="npnet", description="Neural networks in NumPy, trained in less memory by gradient checkpointing."
     )
     parser.add_argument("--version", action="version", version=f"npnet {npnet.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | plan | compare | data")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | plan | compare | device | data")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str, examples: str) -> Any:
         sub = commands.add_parser(
@@ -209,6 +215,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=_type(whole("seed", 0)), default=0, help="of all random numbers (default 0)")
         sub.add_argument("--data", metavar="PATH", help="MNIST file or its folder (default: searched, see npnet data)")
         sub.add_argument("--out", type=_type(parse_out), metavar="DIR", help="write results and pictures there")
+    device = command(
+        "device", run_device, "Create and multiply matrices on the CPU and on the GPU, and compare the times.",
+        DEVICE_EXAMPLES,
+    )  # fmt: skip
+    device.add_argument("--size", type=_type(whole("size", 1)), default=5000, help="rows and columns (default 5000)")
+    device.add_argument("--repeats", type=_type(whole("repeats", 1)), default=3, help="median of so many (default 3)")
     data = command(
         "data", run_data, "Show, verify or fetch the MNIST file.",
         DATA_EXAMPLES,
@@ -268,6 +280,12 @@ def run_compare(options: argparse.Namespace) -> int:
             for table in tables:
                 table.write(options.out)
             print(f"\nresults in {options.out}")
+    return 0
+
+
+def run_device(options: argparse.Namespace) -> int:
+    """npnet device."""
+    print(compare_devices(options.size, options.repeats))
     return 0
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from npnet.backend import Array
-from npnet.checks import check_pairs, check_whole
+from npnet.checks import check_number, check_pairs, check_whole
 from npnet.layer import Pair
 from npnet.random import RNG, as_generator
 
+DIABETES_FILE = "diabetes.csv"
 MNIST_FILE = "mnist.npz"
 MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 MNIST_URL_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
@@ -48,12 +49,16 @@ def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         FileNotFoundError: there is none; the message lists where it was looked for.
     """
+    return _find(MNIST_FILE, path, "MNIST", _HOW)
+
+
+def _find(name: str, path: str | os.PathLike[str] | None, what: str, how: str) -> Path:
     places = [Path(path)] if path is not None else data_folders()
-    files = [place / MNIST_FILE if place.is_dir() or path is None else place for place in places]
+    files = [place / name if place.is_dir() or path is None else place for place in places]
     for file in files:
         if file.is_file():
             return file
-    raise FileNotFoundError(f"no MNIST file at {' or '.join(map(str, files))}; {_HOW}")
+    raise FileNotFoundError(f"no {what} file at {' or '.join(map(str, files))}; {how}")
 
 
 def read_mnist(path: str | os.PathLike[str] | None = None) -> dict[str, npt.NDArray[np.uint8]]:
@@ -171,8 +176,63 @@ def fetch_mnist(folder: str | os.PathLike[str] | None = None) -> Path:
     return verify_mnist(target)
 
 
-def batches(x: Array, y: Array, batch_size: int, rng: RNG = None, shuffle: bool = True) -> Iterator[Pair]:
-    """The samples in batches of ``batch_size`` rows, the last one shorter if they do not divide evenly.
+def load_diabetes(
+    path: str | os.PathLike[str] | None = None, dtype: npt.DTypeLike = np.float64, standardize: bool = False
+) -> Pair:
+    """The Pima Indians diabetes data: 768 patients, 8 features, and whether each has diabetes.
+
+    Features: pregnancies, glucose, blood pressure, skin thickness, insulin, body mass index, pedigree, age. Zeros in
+    features 1 to 5 (counted from 0) stand for missing values, 5, 35, 227, 374 and 11 of them; they are given as they
+    are.
+
+    Args:
+        path: the file diabetes.csv, or its folder; searched as for `load_mnist`.
+        dtype: of both arrays.
+        standardize: give each feature mean 0 and standard deviation 1.
+
+    Returns:
+        (x, y): (768, 8), and (768, 1) of 0 and 1.
+
+    Raises:
+        FileNotFoundError, DataError: the file is missing, damaged, or another.
+    """
+    file = _find(DIABETES_FILE, path, "diabetes", "copy data/diabetes.csv from the npnet repository")
+    try:
+        table = np.loadtxt(file, delimiter=",", ndmin=2, encoding="utf-8")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: damaged, or not a table of numbers ({error})") from error
+    if table.shape != (768, 9) or not np.isin(table[:, 8], (0, 1)).all() or not np.isfinite(table).all():
+        raise DataError(f"{file}: expected 768 rows of 8 features and a 0 or 1, got shape {table.shape}")
+    x, y = table[:, :8], table[:, 8:]
+    if standardize:
+        x = (x - x.mean(axis=0)) / x.std(axis=0)
+    return x.astype(dtype), y.astype(dtype)
+
+
+def make_linear(
+    n: int,
+    noise: float = 0.1,
+    *,
+    low: float = -1.0,
+    high: float = 1.0,
+    rng: RNG = None,
+    dtype: npt.DTypeLike = np.float64,
+) -> Pair:
+    """Points near the line y = 2 x + 3: x uniform in [low, high), y with normal noise of standard deviation ``noise``.
+
+    Returns:
+        (x, y): (n, 1) each.
+    """
+    n, noise, generator = check_whole(n, "n", least=1), check_number(noise, "noise"), as_generator(rng)
+    x = generator.uniform(low, high, (n, 1))
+    y = 2 * x + 3 + noise * generator.standard_normal((n, 1))
+    return x.astype(dtype), y.astype(dtype)
+
+
+def batches(
+    x: Array, y: Array, batch_size: int, rng: RNG = None, shuffle: bool = True, drop_last: bool = False
+) -> Iterator[Pair]:
+    """The samples in batches of ``batch_size`` rows; if they do not divide evenly, the last one is shorter, or dropped.
 
     >>> [len(x) for x, y in batches(np.zeros((5, 3)), np.zeros((5, 1)), 2)]
     [2, 2, 1]
@@ -180,6 +240,6 @@ def batches(x: Array, y: Array, batch_size: int, rng: RNG = None, shuffle: bool 
     check_pairs(x, y)
     batch_size = check_whole(batch_size, "batch_size", least=1)
     order = as_generator(rng).permutation(len(x)) if shuffle else None
-    for start in range(0, len(x), batch_size):
+    for start in range(0, len(x) - (batch_size - 1 if drop_last else 0), batch_size):
         rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
         yield x[rows], y[rows]

@@ -72,6 +72,13 @@ class LayerCost(NamedTuple):
     backward_bytes: int  # the most that backward_ takes at once besides what it is given: gradients and dx included
     forward_flops: int
     backward_flops: int
+    mask_bytes: int = 0  # of saved_bytes, those of arrays that hold no floating-point numbers
+    output_gradient_bytes: int | None = None  # of the gradient at the output, if not as many as the output's
+
+    @property
+    def dy_bytes(self) -> int:
+        """Of the gradient at the output."""
+        return self.output_bytes if self.output_gradient_bytes is None else self.output_gradient_bytes
 
 
 class _Located(Exception):

@@ -183,14 +183,7 @@ def price(
     features: int | None = None,
 ) -> Chain:
     """What each layer costs; arguments as for `plan`."""
-    layers = getattr(network, "layers", None)
-    if not layers or not all(isinstance(layer, Layer) for layer in layers):
-        raise TypeError(f"network: expected a Network or a Sequential, got {network!r}")
-    if features is None:
-        features = next(_features(layers), None)
-    if features is None:
-        raise ValueError("features: no layer tells how many features a row of the input has; give features=")
-    dtype = next((parameter.value.dtype for layer in layers for parameter in layer.parameters()), np.dtype(np.float32))
+    layers, features, dtype = input_of(network, features)
     output = chain_of(layers, (batch_size, features), dtype, loss_bytes=0).activation[-1]
     arrays = getattr(network, "loss_arrays", 1) if loss is None else loss.loss_arrays
     return chain_of(
@@ -203,6 +196,24 @@ def price(
         streaming=streaming,
         accumulating=check_whole(accumulation_steps, "accumulation_steps", least=1) > 1,
     )
+
+
+def input_of(network: HasLayers, features: int | None = None) -> tuple[Sequence[Layer], int, np.dtype[Any]]:
+    """The chain of ``network``, how many features its input has, and its dtype.
+
+    Raises:
+        TypeError: not a network.
+        ValueError: no layer tells the number of features, and ``features`` does not either.
+    """
+    layers = getattr(network, "layers", None)
+    if not layers or not all(isinstance(layer, Layer) for layer in layers):
+        raise TypeError(f"network: expected a Network or a Sequential, got {network!r}")
+    if features is None:
+        features = next(_features(layers), None)
+    if features is None:
+        raise ValueError("features: no layer tells how many features a row of the input has; give features=")
+    dtype = next((parameter.value.dtype for layer in layers for parameter in layer.parameters()), np.dtype(np.float32))
+    return layers, check_whole(features, "features", least=1), dtype
 
 
 def _features(layers: Iterable[Layer]) -> Iterator[int]:

@@ -98,7 +98,7 @@ def chain_of(
         except ShapeError as error:
             raise error.within(str(len(costs))) from None
         shape = costs[-1].output_shape
-    outputs = [0, *(cost.output_bytes for cost in costs)]
+    outputs, gradients = [0, *(cost.output_bytes for cost in costs)], [0, *(cost.dy_bytes for cost in costs)]
     parameters = sum(parameter.value.nbytes for layer in layers for parameter in layer.parameters())
     saved = [0, *(0 if layer.output_suffices else cost.saved_bytes for layer, cost in zip(layers, costs, strict=True))]
     backward = [0, *(cost.backward_bytes for cost in costs)]
@@ -106,12 +106,12 @@ def chain_of(
     for number, cost in enumerate(costs, 1):
         if streaming or number == 1:  # the update, when a_l, what was saved, and the gradient at a_l are gone
             update = update_arrays * (sizes[number - 1] if streaming else max(sizes))
-            gone = 2 * outputs[number] + saved[number]
-            backward[number] = max(backward[number], cost.gradient_bytes + outputs[number - 1] + update - gone)
+            gone = outputs[number] + gradients[number] + saved[number]
+            backward[number] = max(backward[number], cost.gradient_bytes + gradients[number - 1] + update - gone)
     return Chain(
         activation=outputs,
         saved=saved,
-        gradient=outputs,
+        gradient=gradients,
         forward_bytes=[0, *(cost.forward_bytes for cost in costs)],
         backward_bytes=backward,
         parameter_gradients=[0, *(cost.gradient_bytes for cost in costs)],

@@ -8,6 +8,7 @@ from npnet.layer import Layer, Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, check_finite
 from npnet.optimizers import Optimizer, clip_grad_norm
+from npnet.precision import GradScaler
 from npnet.random import one_step
 from npnet.schedule import Schedule
 from npnet.schedules import ScheduleLike, as_schedule
@@ -100,6 +101,7 @@ def accumulated_step(
     samples: int,
     *,
     clip_norm: float | None = None,
+    scaler: GradScaler | None = None,
     determinism_check: bool = False,
 ) -> float:
     """One update from the gradients of several micro-batches: that of the one large batch that they make up.
@@ -112,6 +114,7 @@ def accumulated_step(
         samples: how many rows they have together.
         clip_norm: scale the gradient to this norm at most (see `clip_grad_norm`). Then all gradients are alive
             together, and the update comes after the backward pass.
+        scaler: scale the loss, and skip the update if a gradient overflows. Then all gradients are alive together, too.
 
     Returns:
         The loss before the update.
@@ -122,10 +125,11 @@ def accumulated_step(
     """
     clear_gradients([model])
     value, seen = 0.0, 0
+    scale = 1.0 if scaler is None else scaler.get_scale()
     try:
         for x, y in micro_batches:
             seen += len(x)
-            last = seen >= samples and clip_norm is None
+            last = seen >= samples and clip_norm is None and scaler is None
             if seen > samples:
                 break
             value += add_gradients(
@@ -133,20 +137,26 @@ def accumulated_step(
                 loss,
                 x,
                 y,
-                weight=len(x) / samples,
+                weight=len(x) / samples * scale,
                 schedule=schedule,
                 after_backward=(lambda layer: optimizer.step(layer.parameters())) if last else None,
                 determinism_check=determinism_check,
             )
         if seen != samples:
             raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")
-        if clip_norm is not None:
-            clip_grad_norm(model.parameters(), clip_norm)
-            optimizer.step(model.parameters())
+        parameters = model.parameters()
+        finite = scaler is None or scaler.unscale(parameters)
+        if clip_norm is not None and finite:
+            clip_grad_norm(parameters, clip_norm)
+        if scaler is not None:
+            scaler.step(optimizer, parameters)
+            scaler.update()
+        elif clip_norm is not None:
+            optimizer.step(parameters)
     except BaseException:
         clear_gradients([model])
         raise
-    return value
+    return value / scale
 
 
 def lazy_gradient(

@@ -15,6 +15,7 @@ from npnet.layers import Sequential
 from npnet.losses import Loss, TrainingDiverged, accuracy
 from npnet.optimizers import Optimizer
 from npnet.planner import plan
+from npnet.precision import GradScaler
 from npnet.random import RNG, as_generator
 from npnet.schedules import ScheduleLike, as_schedule
 from npnet.step import accumulated_step
@@ -68,6 +69,7 @@ def fit(
     decay: bool = False,
     accumulation_steps: int = 1,
     clip_norm: float | None = None,
+    scaler: GradScaler | None = None,
     determinism_check: bool = False,
     history: History | None = None,
     show: Mapping[str, str] | None = None,
@@ -88,6 +90,7 @@ def fit(
         accumulation_steps: update once in so many batches, with the gradient of all their samples together. A last
             window that is not full counts by its number of samples.
         clip_norm: scale the gradient down to this norm.
+        scaler: scale the loss, and skip updates whose gradient overflows (see `npnet.precision`).
         determinism_check: raise `npnet.checkpoint.NondeterministicLayer` if a recomputation gives other numbers; slow.
         history: to append to, so that it is there even when training is interrupted.
         show: more to say in the progress bar.
@@ -114,7 +117,7 @@ def fit(
             memory_budget=memory_budget,
             loss=loss,
             optimizer=optimizer,
-            streaming=clip_norm is None,
+            streaming=clip_norm is None and scaler is None,
             accumulation_steps=accumulation_steps,
         ).schedule
     schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
@@ -149,6 +152,7 @@ def fit(
                         itertools.islice(micro_batches, accumulation_steps),
                         min(window, len(x) - position),
                         clip_norm=clip_norm,
+                        scaler=scaler,
                         determinism_check=determinism_check,
                     )
                 )

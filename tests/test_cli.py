@@ -17,7 +17,7 @@ from tests.scenarios import fresh_registry as fresh_registry
 from tests.small_mnist import first_digits, random_digits, write
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "plan", "compare", "data")
+COMMANDS = ("train", "plan", "compare", "device", "data")
 
 
 def npnet_command(*arguments: Any) -> int:
@@ -51,7 +51,11 @@ def test_help_has_examples_that_work(command: str, capsys: pytest.CaptureFixture
     assert len(examples) >= 2
     for example in examples:
         assert build_parser().parse_args(shlex.split(example)).command == command
-    options = {"data": ["--data"], "plan": ["--memory-budget", "--plot", "--json", "--measure"]}
+    options = {
+        "data": ["--data"],
+        "device": ["--size", "--repeats"],
+        "plan": ["--memory-budget", "--plot", "--json", "--measure"],
+    }
     for option in options.get(command, ["--data", "--out", "--seed"]):
         assert option in out
 
@@ -88,7 +92,7 @@ def test_python_m_npnet_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 # What is refused.
 
 BAD: dict[str, tuple[str, str]] = {
-    "no command": ("", "the following arguments are required: train | plan | compare | data"),
+    "no command": ("", "the following arguments are required: train | plan | compare | device | data"),
     "unknown command": ("fly", "invalid choice: 'fly'"),
     "unknown option": ("train --gpu", "unrecognized arguments: --gpu"),
     "surplus": ("train now", "unrecognized arguments: now"),

@@ -39,6 +39,7 @@ ORDER = [
         "plans",
         "planner",
         "checkpoint",
+        "precision",
         "step",
         "dual",
         "curvature",
@@ -46,7 +47,7 @@ ORDER = [
         "network",
         "network_with_checkpointing",
     ),
-    *("datasets", "training", "measuring", "report", "plots", "animation"),
+    *("datasets", "training", "measuring", "report", "summary", "device", "plots", "animation"),
     *("compare", "mnist", "plan_report", "cli"),
 ]
 """A file imports only from files before it in this list."""

@@ -1,0 +1,213 @@
+"""Mixed precision: activations stored in half precision, weights and arithmetic in single; and loss scaling.
+
+A stored activation takes 2 bytes a number instead of 4. On a CPU half precision is for storage only: products of
+float16 arrays are two orders of magnitude slower there than of float32. So each layer takes its input up to float32,
+computes, and puts its output down to half: the same way in a first run and in a recomputation, so that gradients still
+do not depend on the schedule.
+
+Micikevicius et al., "Mixed Precision Training", 2018.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from npnet.backend import Array, array_module
+from npnet.checks import check_number, check_whole
+from npnet.layer import Layer, LayerCost, Parameter, Saved
+from npnet.layers import Sequential
+from npnet.optimizers import Optimizer
+
+
+def storage_dtype(name: str) -> np.dtype[Any]:
+    """The dtype "float16" or "bfloat16".
+
+    Raises:
+        ValueError: another name.
+        ImportError: bfloat16 needs the package ml_dtypes.
+    """
+    if name not in ("float16", "bfloat16"):
+        raise ValueError(f"dtype: expected 'float16' or 'bfloat16', got {name!r}")
+    if name == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise ImportError("bfloat16 needs the package ml_dtypes: pip install 'npnet[bfloat16]'") from error
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype(np.float16)
+
+
+class Stored(Layer):
+    """A layer between half-precision activations: up, compute, down.
+
+    Args:
+        inner: the layer; its parameters stay as they are.
+        dtype: of the output that is stored.
+        down: False for the last layer of a model, whose output goes to the loss as it is.
+    """
+
+    def __init__(self, inner: Layer, dtype: np.dtype[Any], down: bool = True) -> None:
+        self.inner, self.dtype, self.down = inner, dtype, down
+        self.output_suffices = inner.output_suffices  # type: ignore[misc]
+        self.single = next((parameter.value.dtype for parameter in inner.parameters()), np.dtype(np.float32))
+        features = getattr(inner, "in_features", None)
+        if features is not None:
+            self.in_features = features
+
+    def __repr__(self) -> str:
+        return f"{self.inner} [{self.dtype}]" if self.down else repr(self.inner)
+
+    def named_parameters(self, prefix: str = "") -> dict[str, Parameter]:
+        return self.inner.named_parameters(prefix)
+
+    def parameters(self) -> list[Parameter]:
+        return self.inner.parameters()
+
+    def _up(self, saved: Any) -> Any:
+        """Stored arrays in single precision, within tuples and lists."""
+        return _converted(saved, self.dtype, self.single, {})
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        single = self._up(x)
+        output, kept = self.inner.forward(single)
+        y = output.astype(self.dtype) if self.down else output
+        if self.output_suffices:
+            return y, (x, y)
+        return y, _converted(kept, self.single, self.dtype, {id(single): x, id(output): y})
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        dx = self.backward_(dy.copy(), saved)
+        assert dx is not None
+        return dx
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
+        return self.inner.backward_(dy, self._up(saved), needs_dx)
+
+    def check_gradient(self, dy: Array, y: Array) -> None:
+        self.inner.check_gradient(dy, y)
+
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        inner = self.inner.cost(shape, dtype, needs_dx)
+        share = self.dtype.itemsize / dtype.itemsize
+        up = shape[0] * shape[1] * dtype.itemsize if needs_dx else 0  # the first layer's input is single already
+        y = inner.output_bytes if self.down else 0
+        floats = inner.saved_bytes - inner.mask_bytes
+        saved = round(floats * share) + inner.mask_bytes
+        return inner._replace(
+            output_bytes=round(inner.output_bytes * share) if self.down else inner.output_bytes,
+            output_gradient_bytes=inner.output_bytes,
+            saved_bytes=saved,
+            forward_bytes=up + y + max(inner.forward_bytes, inner.saved_bytes + round(floats * share)),
+            backward_bytes=up + (y if self.output_suffices else floats) + inner.backward_bytes,
+        )
+
+
+def _converted(saved: Any, old: np.dtype[Any], new: np.dtype[Any], done: dict[int, Array]) -> Any:
+    """``saved`` with its arrays of dtype ``old`` in ``new``, within tuples and lists; each converted once.
+
+    Args:
+        done: id of an array -> what stands for it.
+    """
+    if isinstance(saved, (tuple, list)):
+        parts = [_converted(part, old, new, done) for part in saved]
+        return type(saved)(*parts) if hasattr(saved, "_fields") else type(saved)(parts)
+    if getattr(saved, "dtype", None) != old:
+        return saved
+    if id(saved) not in done:
+        done[id(saved)] = saved.astype(new)
+    return done[id(saved)]
+
+
+def mixed_precision(model: Sequential, dtype: str = "float16") -> Sequential:
+    """The model with its activations stored in half precision, all but the output; it shares the model's layers.
+
+    Args:
+        model: with float32 (or float64) parameters, the *master weights*.
+        dtype: "float16", or "bfloat16" (float32's range with 8 bits of precision; extra ``bfloat16``).
+
+    Raises:
+        TypeError: not a `Sequential`.
+        ValueError, ImportError: see `storage_dtype`.
+    """
+    if not isinstance(model, Sequential):
+        raise TypeError(f"mixed_precision: expected a Sequential, got {model!r}")
+    storage, last = storage_dtype(dtype), len(model.layers) - 1
+    return Sequential(*(Stored(layer, storage, number < last) for number, layer in enumerate(model.layers)))
+
+
+class GradScaler:
+    """Dynamic loss scaling: keeps small gradients from vanishing in half precision, and survives those that overflow.
+
+    The loss is multiplied by a factor, the gradients are divided by it again. If one is not finite, the step is skipped
+    and the factor made smaller; after ``growth_interval`` good steps in a row it is made larger. As
+    ``torch.amp.GradScaler``.
+    """
+
+    def __init__(
+        self,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+    ) -> None:
+        self._scale = check_number(init_scale, "init_scale")
+        self.growth_factor = check_number(growth_factor, "growth_factor", least=1.0)
+        self.backoff_factor = check_number(backoff_factor, "backoff_factor", below=1.0)
+        self.growth_interval = check_whole(growth_interval, "growth_interval", least=1)
+        self.good_steps = self.skipped_steps = 0
+        self._finite: bool | None = None  # of the gradients unscaled last; None: not yet
+
+    def get_scale(self) -> float:
+        """The factor to multiply the loss by: `npnet.add_gradients` takes it as ``weight``."""
+        return self._scale
+
+    def unscale(self, parameters: Iterable[Parameter]) -> bool:
+        """Divide all gradients by the factor; returns whether they are all finite."""
+        self._finite = True
+        for parameter in parameters:
+            gradient = parameter.gradient
+            if gradient is not None:
+                gradient *= 1 / self._scale
+                self._finite = self._finite and bool(array_module(gradient).isfinite(gradient).all())
+        return self._finite
+
+    def step(self, optimizer: Optimizer, parameters: Iterable[Parameter]) -> bool:
+        """Update, unless a gradient is not finite: then forget them all. Returns whether it was done."""
+        parameters = list(parameters)
+        finite = self.unscale(parameters) if self._finite is None else self._finite
+        if finite:
+            optimizer.step(parameters)
+        else:
+            optimizer.zero_grad(parameters)
+        return finite
+
+    def update(self) -> None:
+        """After `step`: make the factor smaller if that was skipped, larger if enough of them went well."""
+        if self._finite:
+            self.good_steps += 1
+            if self.good_steps % self.growth_interval == 0 and math.isfinite(self._scale * self.growth_factor):
+                self._scale *= self.growth_factor
+        elif self._finite is not None:
+            self.good_steps, self.skipped_steps = 0, self.skipped_steps + 1
+            self._scale *= self.backoff_factor
+        self._finite = None
+
+    def state_dict(self) -> dict[str, float]:
+        """What a save has to hold."""
+        return {"scale": self._scale, "good_steps": self.good_steps, "skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a save.
+
+        Raises:
+            ValueError: an entry is missing, or not a number that can be.
+        """
+        missing = {"scale", "good_steps", "skipped_steps"} - set(state)
+        if missing:
+            raise ValueError(f"GradScaler.load_state_dict: missing {', '.join(sorted(missing))}")
+        scale = check_number(state["scale"], "scale")
+        good, skipped = (check_whole(state[name], name) for name in ("good_steps", "skipped_steps"))
+        self._scale, self.good_steps, self.skipped_steps = scale, good, skipped
