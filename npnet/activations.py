@@ -29,7 +29,8 @@ class Activation(Layer):
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
         size = shape[0] * shape[1]
         bytes_, (forward, backward) = size * dtype.itemsize, self.flops
-        return LayerCost(shape, bytes_, 0, 0, 0, bytes_ * self.slope_arrays, forward * size, backward * size)
+        slope = bytes_ * self.slope_arrays
+        return LayerCost(shape, bytes_, 0, 0, 0, slope, forward * size, backward * size, in_place=True)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         y = x.copy()

@@ -60,7 +60,7 @@ class Dropout(Layer):
         random = 4 * size if drops else 0  # the numbers that the mask is made of, gone before y is there
         bytes_ = size * dtype.itemsize
         forward = max(mask, mask + random - bytes_)
-        return LayerCost(shape, bytes_, mask, forward, 0, 0, 3 * size, 2 * size, mask_bytes=mask)
+        return LayerCost(shape, bytes_, mask, forward, 0, 0, 3 * size, 2 * size, mask, in_place=True)
 
 
 class LayerNorm(Layer):
@@ -126,7 +126,9 @@ class LayerNorm(Layer):
         size, columns = shape[0] * shape[1], 2 * shape[0] * dtype.itemsize  # mean and scale
         gradients = sum(parameter.value.nbytes for parameter in self.parameters())
         bytes_ = size * dtype.itemsize
-        return LayerCost(shape, bytes_, columns, columns, gradients, bytes_ + gradients, 7 * size, 14 * size)
+        return LayerCost(
+            shape, bytes_, columns, columns, gradients, bytes_ + gradients, 7 * size, 14 * size, in_place=True
+        )
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 2 or shape[1] != self.features:
@@ -204,7 +206,7 @@ class GELU(Layer):
         size = shape[0] * shape[1]
         bytes_, exact = size * dtype.itemsize, self.approximate == "none"
         workspace = bytes_ * (2 if exact else 3)
-        return LayerCost(shape, bytes_, 0, bytes_ if exact else 0, 0, workspace, 9 * size, 17 * size)
+        return LayerCost(shape, bytes_, 0, bytes_ if exact else 0, 0, workspace, 9 * size, 17 * size, in_place=True)
 
 
 def erf(x: Array) -> Array:
@@ -272,7 +274,8 @@ class Residual(Layer):
             inner.forward_flops + size,
             inner.backward_flops + size,
             inner.mask_bytes,
-            inner.output_gradient_bytes,
+            in_place=True,
+            output_gradient_bytes=inner.output_gradient_bytes,
         )
 
     def _check(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:

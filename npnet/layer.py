@@ -73,6 +73,7 @@ class LayerCost(NamedTuple):
     forward_flops: int
     backward_flops: int
     mask_bytes: int = 0  # of saved_bytes, those of arrays that hold no floating-point numbers
+    in_place: bool = False  # backward_ returns dx in the buffer of dy
     output_gradient_bytes: int | None = None  # of the gradient at the output, if not as many as the output's
 
     @property

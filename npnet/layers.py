@@ -201,7 +201,8 @@ class Sequential(Layer):
         for number in reversed(range(len(costs))):
             backward_bytes = max(backward_bytes, gradients + dx + costs[number].backward_bytes)
             gradients += costs[number].gradient_bytes
-            dx = costs[number - 1].dy_bytes  # the gradient between the two
+            if number and not costs[number].in_place:
+                dx = costs[number - 1].dy_bytes  # the gradient between the two
         return LayerCost(
             shape,
             costs[-1].output_bytes,
@@ -212,6 +213,7 @@ class Sequential(Layer):
             sum(cost.forward_flops for cost in costs),
             sum(cost.backward_flops for cost in costs),
             sum(cost.mask_bytes for cost in costs),
+            all(cost.in_place for cost in costs),
             costs[-1].output_gradient_bytes,
         )
 

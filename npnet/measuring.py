@@ -97,9 +97,10 @@ def measure_timeline(
         tracemalloc.start()
         try:
             meter = _Meter()
-            traced = Sequential(*(_Traced(layer, meter) for layer in model.layers))
+            last = len(model.layers) - 1
+            traced = Sequential(*(_Traced(layer, meter, number == last) for number, layer in enumerate(model.layers)))
             meter.start()
-            train_step(traced, loss, optimizer, schedule, x, y)
+            train_step(traced, _TracedLoss(loss, meter), optimizer, schedule, x, y)
             meter.note()
         finally:
             tracemalloc.stop()
@@ -132,10 +133,10 @@ class _Meter:
 
 
 class _Traced(Layer):
-    """A layer that tells the meter when it begins to work."""
+    """A layer that tells the meter when it begins to work; the last one's backward action begins with the loss."""
 
-    def __init__(self, layer: Layer, meter: _Meter) -> None:
-        self.layer, self.meter = layer, meter
+    def __init__(self, layer: Layer, meter: _Meter, last: bool) -> None:
+        self.layer, self.meter, self.last = layer, meter, last
         self.output_suffices = layer.output_suffices  # type: ignore[misc]
 
     def __repr__(self) -> str:
@@ -152,5 +153,17 @@ class _Traced(Layer):
         self.layer.check_gradient(dy, y)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
-        self.meter.note()
+        if not self.last:
+            self.meter.note()
         return self.layer.backward_(dy, saved, needs_dx)
+
+
+class _TracedLoss(Loss):
+    """A loss that tells the meter when it begins to work."""
+
+    def __init__(self, loss: Loss, meter: _Meter) -> None:
+        self.loss, self.meter = loss, meter
+
+    def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
+        self.meter.note()
+        return self.loss.value_and_gradient(output, target)

@@ -21,7 +21,7 @@ common divisor of A and S, and a table over these multiples is exact: nothing is
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -183,6 +183,20 @@ class Optimum:
 def exact_unit(chain: Chain) -> int:
     """The greatest common divisor of what is kept: A_l, and S_l where a layer saves."""
     return math.gcd(*chain.activation[1:-1], *chain.saved) or 1
+
+
+def remainders(chain: Chain, unit: int, first: Iterable[int] = ()) -> list[int]:
+    """What is left of the bytes that single steps need, by ``unit``: at budgets with these remainders costs can fall.
+
+    Those of ``first`` stand first.
+    """
+    needs, layers = _Needs(chain), range(1, chain.depth + 1)
+    found = dict.fromkeys(size % unit for size in first)
+    found |= dict.fromkeys(needs.leaf(s) % unit for s in layers)
+    for t in layers:
+        found |= dict.fromkeys(needs.way_up(s, t) % unit for s in range(1, t))
+        found |= dict.fromkeys(needs.keep_all(s, t) % unit for s in range(1, t) if s in chain.needs_saved)
+    return list(found)
 
 
 def _assemble(chain: Chain, choose: Callable[[int, int, int], tuple[int, int]], level: int, name: str) -> Schedule:

@@ -11,7 +11,7 @@ from npnet.checks import check_whole
 from npnet.layer import Layer
 from npnet.losses import Loss
 from npnet.memory import format_bytes, parse_bytes
-from npnet.optimal import Optimum, exact_unit, smallest_budget
+from npnet.optimal import Optimum, exact_unit, remainders, smallest_budget
 from npnet.optimizers import Optimizer
 from npnet.plans import MOST_LAYERS, InfeasibleBudget, Plan, describe_moment, remedies
 from npnet.pricing import Chain, chain_of
@@ -23,6 +23,7 @@ MOST_CELLS = 20_000_000
 
 
 MOST_POINTS = 200
+MOST_CURVE_CELLS = 10_000_000_000
 
 
 class HasLayers(Protocol):
@@ -100,9 +101,8 @@ def plan(
     plans = [Plan(schedule, chain, names, batch_size, budget, bound) for schedule in candidates]
     fitting = [each for each in plans if budget is None or each.peak_bytes <= budget]
     if budget is not None and not fitting:
-        raise _infeasible(
-            min(plans, key=lambda each: each.peak_bytes), budget, network, strategy not in (None, "optimal")
-        )
+        restricted = every_nth is not None or strategy not in (None, "optimal")
+        raise _infeasible(min(plans, key=lambda each: each.peak_bytes), budget, restricted)
     return min(fitting, key=lambda each: (each.recompute_flops, each.peak_bytes))
 
 
@@ -130,7 +130,9 @@ def tradeoff(
     """The whole curve of peak bytes against recomputation, from one table, and the usual strategies beside it.
 
     Each optimal plan recomputes as little as any memory-persistent schedule of its peak or below (`Plan.proven`),
-    unless the network is too large for an exact table. Of more than 200 plans, 200 evenly spread are given.
+    unless the network is too large for an exact table. In between, where many layers of different sizes make for many
+    budgets that matter, plans may be missing: of more than 200, 200 are given, and for large networks only those of two
+    remainders of the table's unit.
 
     Args, raises: as for `plan`.
 
@@ -148,11 +150,11 @@ def tradeoff(
 
     plain = planned(schedules.none(chain.depth, chain.needs_saved), 0.0)
     least, _ = smallest_budget(chain)
-    found = [plain]
-    for free in (plain.peak_bytes - chain.fixed, least):
-        exact = exact_unit(chain)
-        unit = max(exact, free // _levels(chain) + 1)
-        optimum = Optimum(chain, free, unit)
+    found, top, exact = [plain], plain.peak_bytes - chain.fixed, exact_unit(chain)
+    unit = max(exact, top // _levels(chain) + 1)
+    most = max(2, MOST_CURVE_CELLS // ((top // unit + 1) * chain.depth**3))
+    for rest in remainders(chain, unit, [top, least])[:most]:
+        optimum = Optimum(chain, top - (top - rest) % unit, unit)
         costs = optimum.costs
         steps = 1 + np.flatnonzero(costs[1:] < costs[:-1])  # levels at which a cheaper schedule begins to fit
         if math.isfinite(costs[0]):
@@ -252,7 +254,7 @@ def _levels(chain: Chain) -> int:
 
 
 def _every_nth(chain: Chain) -> Iterator[Schedule]:
-    for n in _spread(2, chain.depth):
+    for n in _spread(min(2, chain.depth), chain.depth):
         yield schedules.every_nth(chain.depth, n, chain.needs_saved)
 
 
@@ -268,7 +270,7 @@ def _spread(first: int, last: int) -> list[int]:
     return sorted({round(number) for number in np.geomspace(first, last, 50)})
 
 
-def _infeasible(smallest: Plan, budget: int, network: HasLayers, restricted: bool) -> InfeasibleBudget:
+def _infeasible(smallest: Plan, budget: int, restricted: bool) -> InfeasibleBudget:
     """The error for a budget below that of ``smallest``."""
     moment = smallest.binding
     what = f"of this strategy ({smallest.schedule.name})" if restricted else "that there is"

@@ -98,7 +98,7 @@ class Stored(Layer):
         saved = round(floats * share) + inner.mask_bytes
         return inner._replace(
             output_bytes=round(inner.output_bytes * share) if self.down else inner.output_bytes,
-            output_gradient_bytes=inner.output_bytes,
+            output_gradient_bytes=inner.dy_bytes,
             saved_bytes=saved,
             forward_bytes=up + y + max(inner.forward_bytes, inner.saved_bytes + round(floats * share)),
             backward_bytes=up + (y if self.output_suffices else floats) + inner.backward_bytes,
