@@ -170,7 +170,11 @@ class DualModule:
         """(u / v)' = u' / v - (u / v) v' / v."""
         (u, du), (v, dv) = _split(x), _split(y)
         quotient = u / v
-        return _result(quotient, _plus(_times(du, 1 / v), _times(dv, -quotient / v)), out)
+        below = _times(dv, -quotient / v)
+        if below is not None:  # where v is infinite, the quotient stays 0: the sigmoid far below zero
+            xp = array_module(below)
+            below = xp.where(xp.isinf(v), xp.zeros_like(below), below)
+        return _result(quotient, _plus(_times(du, 1 / v), below), out)
 
     def negative(self, x: Any, out: Dual | None = None) -> Dual:
         """(-u)' = -u'."""
