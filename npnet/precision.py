@@ -9,15 +9,16 @@ Micikevicius et al., "Mixed Precision Training", 2018.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from npnet.backend import Array, array_module
+from npnet.backend import Array, array_module, backend_of
 from npnet.checks import check_number, check_whole
 from npnet.layer import Layer, LayerCost, Parameter, Saved
-from npnet.layers import Sequential
+from npnet.layers import Dense, Sequential
 from npnet.optimizers import Optimizer
 
 
@@ -105,6 +106,58 @@ class Stored(Layer):
         )
 
 
+class HalfProducts(Stored):
+    """A dense layer that also computes in half precision, with half copies of its weights: for GPUs.
+
+    Gradients come in single precision and leave so; between, small ones vanish and large ones overflow: `GradScaler`.
+    """
+
+    inner: Dense
+
+    @contextmanager
+    def _half_parameters(self) -> Iterator[None]:
+        """While it lasts, the parameters are half copies of themselves; the gradients they get are added to the old."""
+        parameters = self.inner.parameters()
+        before = [(parameter.value, parameter.gradient) for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.value, parameter.gradient = parameter.value.astype(self.dtype, order="K"), None
+            yield
+        finally:
+            for parameter, (value, gradient) in zip(parameters, before, strict=True):
+                fresh, parameter.value, parameter.gradient = parameter.gradient, value, gradient
+                if fresh is not None:
+                    parameter.accumulate(fresh.astype(self.single, order="K"))
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        if x.dtype not in (self.dtype, self.single):
+            return self.inner.forward(x)  # which refuses it
+        with self._half_parameters():
+            output, _ = self.inner.forward(x.astype(self.dtype, copy=False))
+        y = output if self.down else output.astype(self.single)
+        return y, (x, y)
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
+        x, y = (array.astype(self.dtype, copy=False) for array in saved)
+        with self._half_parameters():
+            dx = self.inner.backward_(dy.astype(self.dtype), (x, y), needs_dx)
+        return None if dx is None else dx.astype(self.single)
+
+    def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
+        """Bytes of backward are an upper bound."""
+        single, half = self.inner.cost(shape, dtype, needs_dx), self.inner.cost(shape, self.dtype, needs_dx)
+        weights = half.gradient_bytes * self.dtype.itemsize // dtype.itemsize
+        x = shape[0] * shape[1] * self.dtype.itemsize
+        last = 0 if self.down else half.output_bytes
+        dx = 2 * x if needs_dx else -x
+        return single._replace(
+            output_bytes=half.output_bytes if self.down else single.output_bytes,
+            output_gradient_bytes=single.dy_bytes,
+            forward_bytes=weights + last + (0 if needs_dx else x),
+            backward_bytes=half.output_bytes + last + weights + half.backward_bytes + abs(dx),
+        )
+
+
 def _converted(saved: Any, old: np.dtype[Any], new: np.dtype[Any], done: dict[int, Array]) -> Any:
     """``saved`` with its arrays of dtype ``old`` in ``new``, within tuples and lists; each converted once.
 
@@ -121,12 +174,13 @@ def _converted(saved: Any, old: np.dtype[Any], new: np.dtype[Any], done: dict[in
     return done[id(saved)]
 
 
-def mixed_precision(model: Sequential, dtype: str = "float16") -> Sequential:
+def mixed_precision(model: Sequential, dtype: str = "float16", half_products: bool | None = None) -> Sequential:
     """The model with its activations stored in half precision, all but the output; it shares the model's layers.
 
     Args:
         model: with float32 (or float64) parameters, the *master weights*.
         dtype: "float16", or "bfloat16" (float32's range with 8 bits of precision; extra ``bfloat16``).
+        half_products: dense layers compute in half precision, too; by default on a GPU only, where that is faster.
 
     Raises:
         TypeError: not a `Sequential`.
@@ -135,7 +189,14 @@ def mixed_precision(model: Sequential, dtype: str = "float16") -> Sequential:
     if not isinstance(model, Sequential):
         raise TypeError(f"mixed_precision: expected a Sequential, got {model!r}")
     storage, last = storage_dtype(dtype), len(model.layers) - 1
-    return Sequential(*(Stored(layer, storage, number < last) for number, layer in enumerate(model.layers)))
+    if half_products is None:
+        half_products = any(backend_of(parameter.value).xp is not np for parameter in model.parameters())
+    return Sequential(
+        *(
+            (HalfProducts if half_products and isinstance(layer, Dense) else Stored)(layer, storage, number < last)
+            for number, layer in enumerate(model.layers)
+        )
+    )
 
 
 class GradScaler:
