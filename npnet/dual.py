@@ -9,11 +9,12 @@ module, so that a layer runs on them as it is: npnet's layers ask for the module
 Clifford, "Preliminary sketch of biquaternions", 1873; Griewank & Walther, "Evaluating Derivatives", 2008, chapter 3.
 """
 
-from typing import Any, TypeAlias
+import math
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from npnet.backend import Array, Backend, array_module, register_array_type, to_host
+from npnet.backend import Array, Backend, array_module, ones, register_array_type, to_host
 
 Tangent: TypeAlias = Array | None
 """None is zero: nothing is computed with it."""
@@ -140,6 +141,13 @@ def _result(value: Any, tangent: Tangent, out: Dual | None) -> Dual:
     return out
 
 
+class Ones(NamedTuple):
+    """A vector of ones to multiply by; which backend it belongs to, the other factor knows."""
+
+    length: int
+    dtype: Any
+
+
 class DualModule:
     """The functions that layers and losses call on an array module, on dual arrays, with their derivatives."""
 
@@ -147,9 +155,9 @@ class DualModule:
         """A constant, if it is no dual."""
         return x if isinstance(x, Dual) else Dual(x)
 
-    def ones(self, length: int, dtype: Any) -> Dual:
+    def ones(self, length: int, dtype: Any) -> Ones:
         """A constant."""
-        return Dual(np.ones(length, dtype))
+        return Ones(length, dtype)
 
     def add(self, x: Any, y: Any, out: Dual | None = None) -> Dual:
         """(u + v)' = u' + v'."""
@@ -214,7 +222,7 @@ class DualModule:
         from npnet.blocks import erf
 
         u, du = _split(x)
-        return _result(erf(u), _times(du, 2 / np.sqrt(np.pi) * array_module(u).exp(-u * u)), None)
+        return _result(erf(u), _times(du, 2 / math.sqrt(math.pi) * array_module(u).exp(-u * u)), None)
 
     def abs(self, x: Any, out: Dual | None = None) -> Dual:
         """|u|' = sign(u) u'."""
@@ -232,13 +240,16 @@ class DualModule:
         return _result(array_module(u).maximum(u, v), _plus(_times(du, u > v), _times(dv, u <= v)), out)
 
     def minimum(self, x: Any, y: Any, out: Dual | None = None) -> Dual:
-        """The derivative of the smaller one."""
+        """The derivative of the smaller one; of equal ones the mean."""
         (u, du), (v, dv) = _split(x), _split(y)
-        return _result(array_module(u).minimum(u, v), _plus(_times(du, u < v), _times(dv, u >= v)), out)
+        share = ((u < v) + 0.5 * (u == v)).astype(u.dtype)
+        return _result(array_module(u).minimum(u, v), _plus(_times(du, share), _times(dv, 1 - share)), out)
 
     def dot(self, x: Any, y: Any) -> Dual:
         """(U V)' = U' V + U V'."""
         (u, du), (v, dv) = _split(x), _split(y)
+        if isinstance(u, Ones):
+            u = ones(array_module(v), *u)
         return Dual(u.dot(v), _plus(None if du is None else du.dot(v), None if dv is None else u.dot(dv)))
 
     def einsum(self, subscripts: str, x: Any, y: Any) -> Dual:

@@ -12,7 +12,10 @@ import npnet
 from npnet import backend as registry
 from npnet import schedules
 from npnet.activations import ACTIVATIONS
+from npnet.checkpoint import checkpoint
+from npnet.layer import needs_saved
 from npnet.losses import LOSSES
+from npnet.random import one_step
 from tests.guard import GuardModule, install_guard
 
 SIZES = [5, 4, 6, 4, 3, 4, 3]
@@ -138,6 +141,46 @@ def layers_alone(backend: str) -> list[Any]:
     return [x, output, dx, loss(output, y), model.predict(x), *(p.gradient for p in model.parameters())]
 
 
+def blocks(backend: str, half: bool) -> list[Any]:
+    """A composed model, partly checkpointed, trained with accumulation, clipping, and a scaler where it is half."""
+    inner = npnet.Sequential(npnet.Linear(4, 4, rng=1, backend=backend), npnet.GELU("tanh"), npnet.Dropout(0.3, rng=2))
+    model = npnet.Sequential(
+        npnet.Linear(5, 4, rng=0, backend=backend),
+        npnet.LayerNorm(4, backend=backend),
+        checkpoint(npnet.Residual(inner), determinism_check=True),
+        npnet.Dense(4, 3, "softmax" if half else "tanh", rng=3, backend=backend),
+    )
+    if half:
+        model = npnet.mixed_precision(model, half_products=False)
+    x, y = batch(backend, dtype=np.float32)
+    scaler = npnet.GradScaler(2.0**10) if half else None
+    schedule = schedules.every_nth(4, 2, needs_saved=needs_saved(model.layers))
+    values = []
+    for step in range(3):
+        with one_step(step):
+            value = npnet.accumulated_step(
+                model,
+                npnet.MeanSquaredError(),
+                npnet.Adam(0.1, weight_decay=0.01),
+                schedule,
+                [(x[:4], y[:4]), (x[4:], y[4:])],
+                len(x),
+                clip_norm=0.5,
+                scaler=scaler,
+            )
+        values.append(value)
+    return [*values, model.eval().predict(x), *(parameter.value for parameter in model.parameters())]
+
+
+def curvature(backend: str) -> list[Any]:
+    model = npnet.mlp([5, 4, 3], "tanh", rng=0, dtype=np.float64, backend=backend)
+    model.layers.insert(1, npnet.LayerNorm(4, dtype=np.float64, backend=backend))
+    x, y = batch(backend)
+    _, gradient = npnet.value_and_grad(model, npnet.SoftmaxCrossEntropy(), x, y)
+    found = npnet.hessian_vector_product(model, npnet.SoftmaxCrossEntropy(), x, y, gradient)
+    return [found.value, *found.gradient.values(), *found.product.values()]
+
+
 def complaint(backend: str, wrong: str) -> list[str]:
     """The whole text of an error: on the way to it come computations that no correct run makes."""
     net, (x, y) = network(backend), batch(backend)
@@ -170,6 +213,9 @@ CHAINS: dict[str, Callable[[str], list[Any]]] = {
 }
 OTHERS: dict[str, Callable[[str], list[Any]]] = {
     **{f.__name__: f for f in (finite_differences, predictions, gradients, sgd, subclass, layers_alone)},
+    "blocks": partial(blocks, half=False),
+    "blocks-half": partial(blocks, half=True),
+    "curvature": curvature,
     **{w: partial(complaint, wrong=w) for w in ("nan", "not one-hot", "diverged", "no probabilities")},
 }
 SCENARIOS = STEPS | CHAINS | OTHERS
