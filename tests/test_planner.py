@@ -230,9 +230,12 @@ def test_no_other_strategy_is_below_the_curve_and_rows_has_them_all(network):
     assert found.rows() == [{"curve": name, **each.row()} for name, plans in curves.items() for each in plans]
 
 
-def test_no_other_strategy_is_below_the_curve_of_layers_of_any_size():
-    found = tradeoff(mlp([2, 1, 6, 2, 4]), 4)
-    assert not any(below(found.optimal, other) for other in found.others["every nth"])
+def test_no_plan_is_below_the_curve_of_layers_of_any_size():
+    for sizes, batch, streaming in (([2, 1, 6, 2, 4], 4, True), ([25, 14, 21, 28, 23], 23, True)):
+        found = tradeoff(mlp(sizes), batch, streaming=streaming)
+        peaks = np.linspace(found.optimal[0].peak_bytes, found.optimal[-1].peak_bytes, 99)
+        plans = [plan(mlp(sizes), batch, streaming=streaming, memory_budget=peak) for peak in peaks]
+        assert not any(below(found.optimal, other) for other in [*plans, *found.others["every nth"]])
 
 
 def test_a_curve_from_rounded_sizes_claims_no_more_than_is_true_and_one_of_too_many_layers_is_refused(monkeypatch):

@@ -353,9 +353,11 @@ def test_fit_with_a_budget_trains_the_same_network_with_recomputation(monkeypatc
     assert len(runs) > 2.2 * count
 
 
-def test_the_budget_of_fit_counts_what_its_optimizer_keeps():
-    with pytest.raises(npnet.InfeasibleBudget, match="kB optimizer"):
-        fitted(memory_budget="200 kB")
+def test_the_budget_of_fit_counts_what_its_optimizer_keeps_and_all_gradients_where_they_are_clipped():
+    fitted(memory_budget="270 kB")
+    for options in ({"memory_budget": "200 kB"}, {"memory_budget": "270 kB", "clip_norm": 1.0}):
+        with pytest.raises(npnet.InfeasibleBudget, match="kB optimizer"):
+            fitted(**options)
 
 
 # Control.
