@@ -60,7 +60,7 @@ class Dropout(Layer):
         random = 4 * size if drops else 0  # the numbers that the mask is made of, gone before y is there
         bytes_ = size * dtype.itemsize
         forward = max(mask, mask + random - bytes_)
-        return LayerCost(shape, bytes_, mask, forward, 0, 0, 3 * size, 2 * size, mask, in_place=True)
+        return LayerCost(shape, bytes_, mask, forward, 0, 0, 3 * size, 2 * size, False, False, True)
 
 
 class LayerNorm(Layer):
@@ -127,7 +127,16 @@ class LayerNorm(Layer):
         gradients = sum(parameter.value.nbytes for parameter in self.parameters())
         bytes_ = size * dtype.itemsize
         return LayerCost(
-            shape, bytes_, columns, columns, gradients, bytes_ + gradients, 7 * size, 14 * size, in_place=True
+            shape,
+            bytes_,
+            columns,
+            columns,
+            gradients,
+            bytes_ + gradients,
+            7 * size,
+            14 * size,
+            keeps_output=False,
+            in_place=True,
         )
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -219,9 +228,13 @@ def erf(x: Array) -> Array:
         try:
             function = importlib.import_module("scipy.special" if xp is np else "cupyx.scipy.special").erf
         except ImportError:
-            function = np.vectorize(math.erf, otypes=[x.dtype])
+            function = _erf_by_number
     result: Array = function(x)
     return result
+
+
+def _erf_by_number(x: Array) -> Array:
+    return np.fromiter(map(math.erf, x.flat), x.dtype, x.size).reshape(x.shape)
 
 
 class Residual(Layer):
@@ -260,20 +273,24 @@ class Residual(Layer):
         return dy
 
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
-        inner = self.inner.cost(shape, dtype, needs_dx)
+        try:
+            inner = self.inner.cost(shape, dtype, needs_dx)
+        except ShapeError as error:
+            raise error.within("inner") from None
         self._check(shape, inner.output_shape)
         bytes_, size = inner.output_bytes, shape[0] * shape[1]
-        saved = bytes_ + inner.saved_bytes  # the inner layer's output is not this one's
+        saved = inner.saved_bytes + (bytes_ if inner.keeps_output else 0)  # its output is not this layer's
         return LayerCost(
             shape,
             bytes_,
             saved,
-            max(inner.forward_bytes, saved),
+            max(inner.forward_bytes, bytes_ + inner.saved_bytes),
             inner.gradient_bytes,
             bytes_ + inner.backward_bytes,
             inner.forward_flops + size,
             inner.backward_flops + size,
-            inner.mask_bytes,
+            keeps_input=inner.keeps_input,
+            keeps_output=False,
             in_place=True,
             output_gradient_bytes=inner.output_gradient_bytes,
         )

@@ -7,6 +7,7 @@ depend on the schedule. (That is a promise of the layers: see `Layer.forward`.)
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ import numpy as np
 
 from npnet.backend import Array, to_host
 from npnet.checks import check_whole
-from npnet.layer import KindError, Layer, LayerCost, Saved, ShapeError, needs_saved
+from npnet.layer import KindError, Layer, LayerCost, Saved, ShapeError
 from npnet.layers import Sequential
+from npnet.pricing import check_saves
 from npnet.random import new_step, one_step
 from npnet.schedule import DROP, FORWARD, Schedule
 
@@ -61,17 +63,17 @@ def backpropagate(
     """
     if schedule.depth != len(layers):
         raise ValueError(f"a schedule for {schedule.depth} layers cannot run a chain of {len(layers)}")
-    unsaved = needs_saved(layers) - schedule.needs_saved
-    if unsaved:
-        first = min(unsaved)
-        raise ValueError(f"layer {first} ({layers[first - 1]}) needs what it saved: make the schedule with needs_saved")
+    check_saves(layers, schedule)
     try:
         with one_step():  # whatever is run again in it draws the same random numbers again
             check = _DeterminismCheck(layers) if determinism_check else None
+            _checking.always = determinism_check  # of the parts inside, too
             return _run(layers, schedule, x, output_gradient, after_backward, restore, needs_dx, check)
     except BaseException:  # Ctrl-C, too: the next pass must not add to the half of this one
         clear_gradients(layers)
         raise
+    finally:
+        _checking.always = False
 
 
 def clear_gradients(layers: Sequence[Layer]) -> None:
@@ -123,6 +125,13 @@ def _run(
             if after_backward is not None:
                 after_backward(layer)
     return gradient
+
+
+class _Checking(threading.local):
+    always = False
+
+
+_checking = _Checking()
 
 
 OTHER_NUMBERS = (
@@ -190,7 +199,7 @@ class Checkpoint(Layer):
                 y, _ = self.inner.forward(x)
         except (ShapeError, KindError) as error:
             raise error.within("inner") from None
-        return y, _Input(x, step, digest(y) if self.determinism_check else None)
+        return y, _Input(x, step, digest(y) if self.determinism_check or _checking.always else None)
 
     def backward(self, dy: Array, saved: Saved) -> Array:
         dx = self.backward_(dy.copy(), saved)
@@ -209,12 +218,21 @@ class Checkpoint(Layer):
             return self.inner.backward_(dy, kept, needs_dx)
 
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
-        inner = self.inner.cost(shape, dtype, needs_dx)
+        try:
+            inner = self.inner.cost(shape, dtype, needs_dx)
+        except ShapeError as error:
+            raise error.within("inner") from None
         if not self.training:
             return inner
-        again = inner.output_bytes + max(inner.forward_bytes, inner.saved_bytes + inner.backward_bytes)
+        held = inner.saved_bytes + (inner.output_bytes if inner.keeps_output else 0)
+        again = max(inner.output_bytes + inner.forward_bytes, held + inner.backward_bytes)
         return inner._replace(
-            saved_bytes=0, backward_bytes=again, backward_flops=inner.forward_flops + inner.backward_flops
+            saved_bytes=0,
+            keeps_input=True,
+            keeps_output=False,
+            in_place=False,
+            backward_bytes=again,
+            backward_flops=inner.forward_flops + inner.backward_flops,
         )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,9 @@ def load_diabetes(
     """
     file = _find(DIABETES_FILE, path, "diabetes", "copy data/diabetes.csv from the npnet repository")
     try:
-        table = np.loadtxt(file, delimiter=",", ndmin=2, encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file without rows, which is refused below
+            table = np.loadtxt(file, delimiter=",", ndmin=2, encoding="utf-8")
     except (ValueError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: damaged, or not a table of numbers ({error})") from error
     if table.shape != (768, 9) or not np.isin(table[:, 8], (0, 1)).all() or not np.isfinite(table).all():

@@ -72,7 +72,8 @@ class LayerCost(NamedTuple):
     backward_bytes: int  # the most that backward_ takes at once besides what it is given: gradients and dx included
     forward_flops: int
     backward_flops: int
-    mask_bytes: int = 0  # of saved_bytes, those of arrays that hold no floating-point numbers
+    keeps_input: bool = True  # ``saved`` holds the input
+    keeps_output: bool = True  # ... and the output
     in_place: bool = False  # backward_ returns dx in the buffer of dy
     output_gradient_bytes: int | None = None  # of the gradient at the output, if not as many as the output's
 

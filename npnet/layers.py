@@ -194,10 +194,17 @@ class Sequential(Layer):
             except ShapeError as error:
                 raise error.within(str(number)) from None
             shape = costs[-1].output_shape
-        saved = forward_bytes = backward_bytes = gradients = dx = 0
-        for cost in costs:
-            forward_bytes = max(forward_bytes, saved + cost.forward_bytes)
-            saved += cost.saved_bytes + (cost.output_bytes if cost is not costs[-1] else 0)
+        saved = passing = forward_bytes = backward_bytes = gradients = dx = 0
+        for cost, above in zip(costs, [*costs[1:], None], strict=True):
+            if above is None:
+                forward_bytes = max(forward_bytes, saved + passing + cost.forward_bytes)
+                saved += cost.saved_bytes
+            else:  # this layer's output is there, the last one's is not yet
+                needed = saved + passing + cost.forward_bytes + cost.output_bytes
+                forward_bytes = max(forward_bytes, needed - costs[-1].output_bytes)
+                held = cost.keeps_output or above.keeps_input
+                saved += cost.saved_bytes + (cost.output_bytes if held else 0)
+                passing = 0 if held else cost.output_bytes
         for number in reversed(range(len(costs))):
             backward_bytes = max(backward_bytes, gradients + dx + costs[number].backward_bytes)
             gradients += costs[number].gradient_bytes
@@ -212,7 +219,8 @@ class Sequential(Layer):
             backward_bytes,
             sum(cost.forward_flops for cost in costs),
             sum(cost.backward_flops for cost in costs),
-            sum(cost.mask_bytes for cost in costs),
+            costs[0].keeps_input,
+            costs[-1].keeps_output,
             all(cost.in_place for cost in costs),
             costs[-1].output_gradient_bytes,
         )

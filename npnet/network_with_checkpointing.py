@@ -28,7 +28,8 @@ class NetworkWithCheckpointing(Network):
         schedule: instead of n, a `Schedule`, a name ("none", "sqrt", "revolve"), a list of actions or a function of the
             depth.
         memory_budget: instead, bytes or "20 MB": the most that a training step may take, as for `npnet.plan`. The
-            cheapest schedule is planned at the first batch, and again when the batch size changes.
+            cheapest schedule is planned at the first batch, and again when the batch size changes. Data are not
+            counted, nor a copy that is made of data of another dtype; nor what a method of a subclass allocates.
 
     Raises:
         TypeError, ValueError: n is not a whole number >= 0, two of n, schedule and budget are given, or the schedule
@@ -36,7 +37,6 @@ class NetworkWithCheckpointing(Network):
         InfeasibleBudget: (at a batch) no schedule keeps to the budget; nothing was computed.
     """
 
-    memory_budget: int | None
     plan: Plan | None
     """The plan for the last batch size, where there is a budget."""
 
@@ -59,7 +59,19 @@ class NetworkWithCheckpointing(Network):
         if schedule is not None:
             self._schedule = schedules.as_schedule(schedule, len(self.layers))
         if memory_budget is not None:
-            self.memory_budget = parse_bytes(memory_budget)
+            self.memory_budget = memory_budget
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes, or None; assigning bytes or "20 MB" to it replaces the schedule, at the next batch."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, budget: float | str | None) -> None:
+        self._memory_budget = None if budget is None else parse_bytes(budget)
+        self.plan = None
+        if budget is not None:
+            self._every = 0
 
     @property
     def schedule(self) -> Schedule:
@@ -83,7 +95,7 @@ class NetworkWithCheckpointing(Network):
     def checkpoint_every_nth_layer(self, n: int) -> None:
         self._every = check_whole(n, "checkpoint_every_nth_layer")
         self._schedule = schedules.every_nth(len(self.layers), n)
-        self.memory_budget = self.plan = None
+        self.memory_budget = None
 
     def forward_between_checkpoints(self, a: Array, checkpoint_idx_start: int, layer_idx_end: int) -> list[Array]:
         """Recompute activations from a checkpoint; `backprop` restores every segment through here.

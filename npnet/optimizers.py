@@ -8,6 +8,8 @@ called once at the end it is the ordinary step. Both give the same numbers.
 import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
 from npnet.backend import Array, array_module
 from npnet.checks import check_number
 from npnet.layer import Parameter
@@ -137,7 +139,8 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     squares = 0.0
     for gradient in gradients:
         flat = gradient.ravel(order="K")
-        squares += float(array_module(flat).dot(flat, flat))
+        with np.errstate(over="ignore", invalid="ignore"):  # found below
+            squares += float(array_module(flat).dot(flat, flat))
     norm = check_finite(math.sqrt(squares), "the norm of the gradient")
     if norm > max_norm:
         for gradient in gradients:

@@ -14,12 +14,13 @@ from npnet.memory import format_bytes, parse_bytes
 from npnet.optimal import Optimum, exact_unit, remainders, smallest_budget
 from npnet.optimizers import Optimizer
 from npnet.plans import MOST_LAYERS, InfeasibleBudget, Plan, describe_moment, remedies
-from npnet.pricing import Chain, chain_of
+from npnet.pricing import Chain, chain_of, check_saves
 from npnet.schedule import Schedule
 from npnet.schedules import ScheduleLike
 
 MOST_CELLS = 20_000_000
-"""Numbers in a planner's table (16 bytes each). Where exact sizes need more, they are rounded: see `Plan.bound`."""
+"""Numbers in a planner's table (16 bytes each, while planning). Where exact sizes need more, they are rounded: see
+`Plan.bound`."""
 
 
 MOST_POINTS = 200
@@ -84,7 +85,7 @@ def plan(
     if every_nth is not None and strategy not in (None, "every_nth"):
         raise ValueError(f"give every_nth or strategy={strategy!r}, not both")
     if every_nth is not None:
-        candidates: Iterable[Schedule] = [schedules.every_nth(depth, every_nth, chain.needs_saved)]
+        candidates: Sequence[Schedule] = [schedules.every_nth(depth, every_nth, chain.needs_saved)]
     elif strategy == "optimal" or (strategy is None and budget is not None):
         if budget is None:
             raise ValueError("strategy 'optimal' needs memory_budget: bytes, or a size such as '20 MB'")
@@ -92,17 +93,22 @@ def plan(
     elif strategy == "every_nth":
         if budget is None:
             raise ValueError("strategy 'every_nth' needs every_nth=n, or a memory_budget to find n for")
-        candidates = _every_nth(chain)
+        candidates = list(_every_nth(chain))
     elif strategy == "revolve" and budget is not None:
-        candidates = _revolves(chain)
+        candidates = list(_revolves(chain))
     else:
         candidates = [schedules.as_schedule("none" if strategy is None else strategy, depth, chain.needs_saved)]
+        check_saves(network.layers, candidates[0])
     names = tuple(map(repr, network.layers))
     plans = [Plan(schedule, chain, names, batch_size, budget, bound) for schedule in candidates]
     fitting = [each for each in plans if budget is None or each.peak_bytes <= budget]
     if budget is not None and not fitting:
         restricted = every_nth is not None or strategy not in (None, "optimal")
-        raise _infeasible(min(plans, key=lambda each: each.peak_bytes), budget, restricted)
+        smallest = min(plans, key=lambda each: each.peak_bytes)
+        name = f"of this strategy ({smallest.schedule.name})" if restricted else "that there is"
+        if not restricted and depth > MOST_LAYERS:
+            name = f"that was found ({smallest.schedule.name}; {depth} layers are too many to search all schedules)"
+        raise _infeasible(smallest, budget, name, restricted)
     return min(fitting, key=lambda each: (each.recompute_flops, each.peak_bytes))
 
 
@@ -149,9 +155,11 @@ def tradeoff(
         return Plan(schedule, chain, names, batch_size, bound=bound)
 
     plain = planned(schedules.none(chain.depth, chain.needs_saved), 0.0)
-    least, _ = smallest_budget(chain)
+    least, smallest = smallest_budget(chain)
     found, top, exact = [plain], plain.peak_bytes - chain.fixed, exact_unit(chain)
     unit = max(exact, top // _levels(chain) + 1)
+    if unit != exact:
+        found.append(planned(smallest))
     most = max(2, MOST_CURVE_CELLS // ((top // unit + 1) * chain.depth**3))
     for rest in remainders(chain, unit, [top, least])[:most]:
         optimum = Optimum(chain, top - (top - rest) % unit, unit)
@@ -159,7 +167,7 @@ def tradeoff(
         steps = 1 + np.flatnonzero(costs[1:] < costs[:-1])  # levels at which a cheaper schedule begins to fit
         if math.isfinite(costs[0]):
             steps = np.append(0, steps)
-        for level in steps[:: max(1, len(steps) // MOST_POINTS)]:
+        for level in steps[:: max(1, -(-len(steps) // MOST_POINTS))]:
             bound = costs[level] - sum(chain.forward_flops) if unit == exact else None
             found.append(planned(optimum.schedule(int(level)), bound))
     curve: list[Plan] = []
@@ -186,6 +194,9 @@ def price(
 ) -> Chain:
     """What each layer costs; arguments as for `plan`."""
     layers, features, dtype = input_of(network, features)
+    for name, given, kind in (("loss", loss, Loss), ("optimizer", optimizer, Optimizer)):
+        if not (given is None or isinstance(given, kind)):
+            raise TypeError(f"{name}: expected a {kind.__name__}, such as npnet.{_EXAMPLES[name]}, got {given!r}")
     output = chain_of(layers, (batch_size, features), dtype, loss_bytes=0).activation[-1]
     arrays = getattr(network, "loss_arrays", 1) if loss is None else loss.loss_arrays
     return chain_of(
@@ -198,6 +209,9 @@ def price(
         streaming=streaming,
         accumulating=check_whole(accumulation_steps, "accumulation_steps", least=1) > 1,
     )
+
+
+_EXAMPLES = {"loss": "SoftmaxCrossEntropy()", "optimizer": "Adam(1e-3)"}
 
 
 def input_of(network: HasLayers, features: int | None = None) -> tuple[Sequence[Layer], int, np.dtype[Any]]:
@@ -265,19 +279,18 @@ def _revolves(chain: Chain) -> Iterator[Schedule]:
 
 def _spread(first: int, last: int) -> list[int]:
     """Whole numbers from ``first`` to ``last``: all, if they are not many, else 50 in equal ratios."""
-    if last - first < MOST_LAYERS:
+    if last - first < 200:
         return list(range(first, last + 1))
     return sorted({round(number) for number in np.geomspace(first, last, 50)})
 
 
-def _infeasible(smallest: Plan, budget: int, restricted: bool) -> InfeasibleBudget:
+def _infeasible(smallest: Plan, budget: int, name: str, restricted: bool) -> InfeasibleBudget:
     """The error for a budget below that of ``smallest``."""
     moment = smallest.binding
-    what = f"of this strategy ({smallest.schedule.name})" if restricted else "that there is"
     least = f"{smallest.peak_bytes} bytes ({format_bytes(smallest.peak_bytes)})"
     return InfeasibleBudget(
         f"memory_budget: {format_bytes(budget)} is too little for a training step with batch size "
-        f"{smallest.batch_size}; the smallest budget {what} is {least}. What binds it is {moment.action}, layer "
+        f"{smallest.batch_size}; the smallest budget {name} is {least}. What binds it is {moment.action}, layer "
         f"{smallest.layers[moment.action.layer - 1]}: {describe_moment(moment)}. What helps: "
         + ("strategy='optimal', " if restricted else "")
         + remedies(smallest),

@@ -11,11 +11,12 @@ Micikevicius et al., "Mixed Precision Training", 2018.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from npnet.backend import Array, array_module, backend_of
+from npnet.checkpoint import Checkpoint
 from npnet.checks import check_number, check_whole
 from npnet.layer import Layer, LayerCost, Parameter, Saved
 from npnet.layers import Dense, Sequential
@@ -77,7 +78,7 @@ class Stored(Layer):
         y = output.astype(self.dtype) if self.down else output
         if self.output_suffices:
             return y, (x, y)
-        return y, _converted(kept, self.single, self.dtype, {id(single): x, id(output): y})
+        return y, _replaced(kept, {id(single): x, id(output): y})
 
     def backward(self, dy: Array, saved: Saved) -> Array:
         dx = self.backward_(dy.copy(), saved)
@@ -95,14 +96,12 @@ class Stored(Layer):
         share = self.dtype.itemsize / dtype.itemsize
         up = shape[0] * shape[1] * dtype.itemsize if needs_dx else 0  # the first layer's input is single already
         y = inner.output_bytes if self.down else 0
-        floats = inner.saved_bytes - inner.mask_bytes
-        saved = round(floats * share) + inner.mask_bytes
+        kept = y if inner.keeps_output else 0
         return inner._replace(
             output_bytes=round(inner.output_bytes * share) if self.down else inner.output_bytes,
             output_gradient_bytes=inner.dy_bytes,
-            saved_bytes=saved,
-            forward_bytes=up + y + max(inner.forward_bytes, inner.saved_bytes + round(floats * share)),
-            backward_bytes=up + (y if self.output_suffices else floats) + inner.backward_bytes,
+            forward_bytes=up + y + inner.forward_bytes,
+            backward_bytes=(up if inner.keeps_input else 0) + kept + inner.backward_bytes,
         )
 
 
@@ -158,6 +157,14 @@ class HalfProducts(Stored):
         )
 
 
+def _replaced(saved: Any, known: Mapping[int, Array]) -> Any:
+    """``saved`` with the arrays in ``known``, by id, in place of those that are there, within tuples and lists."""
+    if isinstance(saved, (tuple, list)):
+        parts = [_replaced(part, known) for part in saved]
+        return type(saved)(*parts) if hasattr(saved, "_fields") else type(saved)(parts)
+    return known.get(id(saved), saved)
+
+
 def _converted(saved: Any, old: np.dtype[Any], new: np.dtype[Any], done: dict[int, Array]) -> Any:
     """``saved`` with its arrays of dtype ``old`` in ``new``, within tuples and lists; each converted once.
 
@@ -177,6 +184,9 @@ def _converted(saved: Any, old: np.dtype[Any], new: np.dtype[Any], done: dict[in
 def mixed_precision(model: Sequential, dtype: str = "float16", half_products: bool | None = None) -> Sequential:
     """The model with its activations stored in half precision, all but the output; it shares the model's layers.
 
+    Models and checkpointed parts inside it are taken layer by layer; what another layer (`Residual`, say) saves besides
+    its input and output stays as it is.
+
     Args:
         model: with float32 (or float64) parameters, the *master weights*.
         dtype: "float16", or "bfloat16" (float32's range with 8 bits of precision; extra ``bfloat16``).
@@ -188,15 +198,23 @@ def mixed_precision(model: Sequential, dtype: str = "float16", half_products: bo
     """
     if not isinstance(model, Sequential):
         raise TypeError(f"mixed_precision: expected a Sequential, got {model!r}")
-    storage, last = storage_dtype(dtype), len(model.layers) - 1
+    storage = storage_dtype(dtype)
     if half_products is None:
         half_products = any(backend_of(parameter.value).xp is not np for parameter in model.parameters())
-    return Sequential(
-        *(
-            (HalfProducts if half_products and isinstance(layer, Dense) else Stored)(layer, storage, number < last)
-            for number, layer in enumerate(model.layers)
+    return cast(Sequential, _stored(model, storage, False, half_products))
+
+
+def _stored(layer: Layer, dtype: np.dtype[Any], down: bool, half_products: bool) -> Layer:
+    """The layer between half-precision activations; models and checkpointed parts layer by layer."""
+    if type(layer) is Sequential:
+        last = len(layer.layers) - 1
+        return Sequential(
+            *(_stored(each, dtype, down or i < last, half_products) for i, each in enumerate(layer.layers))
         )
-    )
+    if type(layer) is Checkpoint:
+        inner = _stored(layer.inner, dtype, down, half_products)
+        return Checkpoint(inner, layer.preserve_rng_state, layer.determinism_check)
+    return (HalfProducts if half_products and isinstance(layer, Dense) else Stored)(layer, dtype, down)
 
 
 class GradScaler:

@@ -115,7 +115,7 @@ def chain_of(
         forward_bytes=[0, *(cost.forward_bytes for cost in costs)],
         backward_bytes=backward,
         parameter_gradients=[0, *(cost.gradient_bytes for cost in costs)],
-        streaming=streaming,
+        streaming=streaming or accumulating,  # added to what is there, a new gradient is gone at once, too
         forward_flops=[0, *(cost.forward_flops for cost in costs)],
         backward_flops=[0, *(cost.backward_flops for cost in costs)],
         needs_saved=needs_saved(layers),
@@ -202,3 +202,15 @@ def _restarted(schedule: Schedule) -> set[int]:
             if runs[layer - 1] > 1:
                 restarted.add(made[layer - 1])
     return restarted
+
+
+def check_saves(layers: Sequence[Layer], schedule: Schedule) -> None:
+    """Refuse a schedule that does not name the layers that need what they save (see `npnet.layer.needs_saved`).
+
+    Raises:
+        ValueError: it does not.
+    """
+    unsaved = needs_saved(layers) - schedule.needs_saved
+    if unsaved:
+        first = min(unsaved)
+        raise ValueError(f"layer {first} ({layers[first - 1]}) needs what it saved: make the schedule with needs_saved")

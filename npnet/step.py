@@ -111,7 +111,7 @@ def accumulated_step(
 
     Args:
         micro_batches: pairs (x, y), (batch, features) and (batch, outputs).
-        samples: how many rows they have together.
+        samples: how many rows they have together; nothing is read beyond these.
         clip_norm: scale the gradient to this norm at most (see `clip_grad_norm`). Then all gradients are alive
             together, and the update comes after the backward pass.
         scaler: scale the loss, and skip the update if a gradient overflows. Then all gradients are alive together, too.
@@ -121,7 +121,7 @@ def accumulated_step(
 
     Raises:
         TrainingDiverged: the loss is not finite; nothing was updated.
-        ValueError: the micro-batches have more rows, or fewer.
+        ValueError: the micro-batches end before, or in the middle of one; nothing was updated.
     """
     clear_gradients([model])
     value, seen = 0.0, 0
@@ -129,7 +129,7 @@ def accumulated_step(
     try:
         for x, y in micro_batches:
             seen += len(x)
-            last = seen >= samples and clip_norm is None and scaler is None
+            last = seen == samples and clip_norm is None and scaler is None
             if seen > samples:
                 break
             value += add_gradients(
@@ -142,6 +142,8 @@ def accumulated_step(
                 after_backward=(lambda layer: optimizer.step(layer.parameters())) if last else None,
                 determinism_check=determinism_check,
             )
+            if seen == samples:
+                break
         if seen != samples:
             raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")
         parameters = model.parameters()
@@ -193,10 +195,14 @@ def lazy_gradient(
         return gradient
 
     plain = [as_schedule("none", len(half.layers), needs_saved(half.layers)) for half in (before, after)]
-    with one_step():  # the first half draws the same random numbers again
-        gradient = backpropagate(
-            after.layers, plain[1], before.predict(x), output_gradient, after_backward=after_backward, needs_dx=True
-        )
-        assert gradient is not None
-        backpropagate(before.layers, plain[0], x, lambda _: gradient, after_backward=after_backward)
+    try:
+        with one_step():  # the first half draws the same random numbers again
+            gradient = backpropagate(
+                after.layers, plain[1], before.predict(x), output_gradient, after_backward=after_backward, needs_dx=True
+            )
+            assert gradient is not None
+            backpropagate(before.layers, plain[0], x, lambda _: gradient, after_backward=after_backward)
+    except BaseException:
+        clear_gradients([before, after])
+        raise
     return value

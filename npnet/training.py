@@ -3,7 +3,8 @@
 import itertools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -107,23 +108,26 @@ def fit(
         if not isinstance(given, kind):
             raise TypeError(f"{name}: expected a {kind.__name__}, such as {_EXAMPLES[name]}, got {given!r}")
     history = History() if history is None else history
+    was_training = model.training
     epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
     if memory_budget is not None:
         if schedule != "none":
             raise ValueError("give schedule or memory_budget, not both")
-        schedule = plan(
-            model,
-            batch_size,
-            memory_budget=memory_budget,
-            loss=loss,
-            optimizer=optimizer,
-            streaming=clip_norm is None and scaler is None,
-            accumulation_steps=accumulation_steps,
-        ).schedule
+        with _mode(model, training=True):
+            schedule = plan(
+                model,
+                batch_size,
+                memory_budget=memory_budget,
+                loss=loss,
+                optimizer=optimizer,
+                streaming=clip_norm is None and scaler is None,
+                accumulation_steps=accumulation_steps,
+            ).schedule
     schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
-    for name, pair in (("training data", training_data), ("test data", test_data)):
-        if pair is not None:
-            _check_data(model, loss, name, pair)
+    with _mode(model, training=False):
+        for name, pair in (("training data", training_data), ("test data", test_data)):
+            if pair is not None:
+                _check_data(model, loss, name, pair)
     if test_data is not None:
         check_one_hot(test_data[1], "test data: y")
     x, y = training_data
@@ -131,7 +135,6 @@ def fit(
         raise ValueError(f"batch_size: {batch_size} is more than the {len(x)} training samples")
     window = batch_size * check_whole(accumulation_steps, "accumulation_steps", least=1)
     first, rate, steps = len(history.epochs), optimizer.learning_rate, -(-len(x) // window)
-    was_training = model.training
     for number in range(first, first + epochs):
         losses: list[float] = []
         seconds, score = 0.0, None
@@ -174,6 +177,17 @@ def fit(
             if losses:
                 history.epochs.append(Epoch(number + 1, len(losses), statistics.fmean(losses), score, seconds))
     return history
+
+
+@contextmanager
+def _mode(model: Sequential, training: bool) -> Iterator[None]:
+    """The model in training, or in evaluation, and then again as it was."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def _readings(losses: list[float], score: float | None, show: Mapping[str, str] | None) -> dict[str, str]:

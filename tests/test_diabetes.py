@@ -74,7 +74,6 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
         load_diabetes(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy's warning about a file without rows is passed on")
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "diabetes.csv").write_text("")
     with pytest.raises(DataError, match=r"diabetes\.csv: "):

@@ -228,11 +228,8 @@ def test_a_layer_alone_has_no_path_and_one_in_a_chain_its_number():
             layer(np.ones((2, 4), np.float32))
 
 
-no_inner = pytest.mark.xfail(strict=True, reason="Residual.cost and Checkpoint.cost leave 'inner' out of the path")
-
-
 @pytest.mark.parametrize(("layer", "message"), WIDER.values(), ids=WIDER)
-@pytest.mark.parametrize("nested", [False, pytest.param(True, marks=no_inner)])
+@pytest.mark.parametrize("nested", [False, True])
 def test_the_planner_names_the_layer_by_its_path(layer, message, nested):
     each, path = (wrapped(layer), PATH) if nested else (Sequential(Tanh(), Sequential(Tanh(), layer)), r"^layer 1\.1, ")
     with pytest.raises(ShapeError, match=path + message.partition(":")[0]):

@@ -213,7 +213,6 @@ def test_without_the_state_of_the_random_numbers_the_gradient_is_another_functio
             assert equal(found[1:], expected[1:]) == (preserve or not p)
 
 
-@pytest.mark.xfail(strict=True, reason="fit's check of the data runs a row in training mode, and so takes steps")
 def test_fit_trains_a_model_with_parts_to_the_weights_of_the_model_without(monkeypatch):
     weights = []
     for wrap in (bare, checkpoint):

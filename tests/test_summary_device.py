@@ -28,7 +28,7 @@ def test_every_layer_of_a_nested_model_is_listed_under_its_path():
     assert [tuple(row.values()) for row in table.rows] == [
         ("0", "Linear(4, 6)", "(10, 6)", 30, 240, 0),
         ("1", "LayerNorm(6)", "(10, 6)", 12, 240, 80),
-        ("2", "Residual", "(10, 6)", 84, 240, 720),
+        ("2", "Residual", "(10, 6)", 84, 240, 480),
         ("2.inner", "Sequential", "(10, 6)", 84, 240, 480),
         ("2.inner.0", "Linear(6, 6)", "(10, 6)", 42, 240, 0),
         ("2.inner.1", "GELU('tanh')", "(10, 6)", 0, 240, 0),
