@@ -57,10 +57,14 @@ def hessian_vector_product(
         TrainingDiverged: the loss is not finite.
     """
     parameters = model.named_parameters()
+    if not isinstance(vector, Mapping):
+        raise TypeError(f"vector: expected a mapping from paths of parameters to arrays, got {type(vector).__name__}")
     if parameters.keys() != vector.keys():
         wrong = ", ".join(sorted(parameters.keys() ^ vector.keys()))
         raise ValueError(f"vector: expected an array for each parameter; missing or unknown: {wrong}")
     for name, parameter in parameters.items():
+        if backend_of(vector[name]) is not backend_of(parameter.value) or vector[name].dtype.kind != "f":
+            raise TypeError(f"vector: {name}: expected real numbers on the parameter's backend, got {vector[name]!r}")
         if vector[name].shape != parameter.value.shape:
             raise ValueError(f"vector: {name}: expected shape {parameter.value.shape}, got {vector[name].shape}")
     with _tangents(model, vector):
@@ -141,6 +145,8 @@ def hessian(model: Layer, loss: Loss, x: Array, y: Array) -> Array:
             f"hessian: {count} parameters are more than the {MOST_PARAMETERS} whose whole Hessian is kept; take "
             "products with it (hessian_vector_product), or its largest eigenvalue (largest_eigenvalue)"
         )
+    if not count:
+        raise ValueError(f"hessian: {model} has no parameters")
     columns = []
     with one_step():
         for index in range(count):
@@ -148,7 +154,8 @@ def hessian(model: Layer, loss: Loss, x: Array, y: Array) -> Array:
             unit[index] = 1
             product = hessian_vector_product(model, loss, x, y, unflatten(model, unit)).product
             columns.append(flatten(product))
-    return columns[0] if not columns else array_module(columns[0]).stack(columns, axis=1)
+    stacked: Array = array_module(columns[0]).stack(columns, axis=1)
+    return stacked
 
 
 def flatten(vector: Vector) -> Array:

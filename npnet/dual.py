@@ -75,6 +75,10 @@ class Dual:
         """In another shape."""
         return self._linear(lambda u: u.reshape(*shape))
 
+    def astype(self, dtype: Any, order: str = "K", copy: bool = True) -> "Dual":
+        """In another dtype; rounding counts as the identity."""
+        return self._linear(lambda u: u.astype(dtype, order=order, copy=copy))
+
     def copy(self, order: str = "C") -> "Dual":
         """A new array."""
         return self._linear(lambda u: u.copy(order))

@@ -48,13 +48,13 @@ class Stored(Layer):
     Args:
         inner: the layer; its parameters stay as they are.
         dtype: of the output that is stored.
+        single: that of the arithmetic.
         down: False for the last layer of a model, whose output goes to the loss as it is.
     """
 
-    def __init__(self, inner: Layer, dtype: np.dtype[Any], down: bool = True) -> None:
-        self.inner, self.dtype, self.down = inner, dtype, down
+    def __init__(self, inner: Layer, dtype: np.dtype[Any], single: np.dtype[Any], down: bool = True) -> None:
+        self.inner, self.dtype, self.single, self.down = inner, dtype, single, down
         self.output_suffices = inner.output_suffices  # type: ignore[misc]
-        self.single = next((parameter.value.dtype for parameter in inner.parameters()), np.dtype(np.float32))
         features = getattr(inner, "in_features", None)
         if features is not None:
             self.in_features = features
@@ -201,20 +201,24 @@ def mixed_precision(model: Sequential, dtype: str = "float16", half_products: bo
     storage = storage_dtype(dtype)
     if half_products is None:
         half_products = any(backend_of(parameter.value).xp is not np for parameter in model.parameters())
-    return cast(Sequential, _stored(model, storage, False, half_products))
+    single = next((parameter.value.dtype for parameter in model.parameters()), np.dtype(np.float32))
+    return cast(Sequential, _stored(model, storage, single, False, half_products))
 
 
-def _stored(layer: Layer, dtype: np.dtype[Any], down: bool, half_products: bool) -> Layer:
+def _stored(layer: Layer, dtype: np.dtype[Any], single: np.dtype[Any], down: bool, half_products: bool) -> Layer:
     """The layer between half-precision activations; models and checkpointed parts layer by layer."""
     if type(layer) is Sequential:
         last = len(layer.layers) - 1
         return Sequential(
-            *(_stored(each, dtype, down or i < last, half_products) for i, each in enumerate(layer.layers))
+            *(_stored(each, dtype, single, down or i < last, half_products) for i, each in enumerate(layer.layers))
         )
     if type(layer) is Checkpoint:
-        inner = _stored(layer.inner, dtype, down, half_products)
+        inner = _stored(layer.inner, dtype, single, down, half_products)
         return Checkpoint(inner, layer.preserve_rng_state, layer.determinism_check)
-    return (HalfProducts if half_products and isinstance(layer, Dense) else Stored)(layer, dtype, down)
+    return (HalfProducts if half_products and isinstance(layer, Dense) else Stored)(layer, dtype, single, down)
+
+
+SMALLEST_SCALE = 2.0**-100
 
 
 class GradScaler:
@@ -232,36 +236,49 @@ class GradScaler:
         backoff_factor: float = 0.5,
         growth_interval: int = 2000,
     ) -> None:
-        self._scale = check_number(init_scale, "init_scale")
+        self._scale = check_number(init_scale, "init_scale", least=SMALLEST_SCALE)
         self.growth_factor = check_number(growth_factor, "growth_factor", least=1.0)
-        self.backoff_factor = check_number(backoff_factor, "backoff_factor", below=1.0)
+        self.backoff_factor = check_number(backoff_factor, "backoff_factor", least=SMALLEST_SCALE, below=1.0)
         self.growth_interval = check_whole(growth_interval, "growth_interval", least=1)
         self.good_steps = self.skipped_steps = 0
-        self._finite: bool | None = None  # of the gradients unscaled last; None: not yet
+        self._unscaled = False  # the gradients for the step to come
+        self._finite: bool | None = None  # all gradients since the last update; None: there were none
 
     def get_scale(self) -> float:
         """The factor to multiply the loss by: `npnet.add_gradients` takes it as ``weight``."""
         return self._scale
 
     def unscale(self, parameters: Iterable[Parameter]) -> bool:
-        """Divide all gradients by the factor; returns whether they are all finite."""
-        self._finite = True
+        """Divide all gradients by the factor, before `step` (which otherwise does it); returns whether they are finite.
+
+        Raises:
+            RuntimeError: it was done already.
+        """
+        if self._unscaled:
+            raise RuntimeError("GradScaler.unscale: the gradients are unscaled already; call step, then update")
+        self._unscaled, finite = True, True
         for parameter in parameters:
             gradient = parameter.gradient
             if gradient is not None:
                 gradient *= 1 / self._scale
-                self._finite = self._finite and bool(array_module(gradient).isfinite(gradient).all())
-        return self._finite
+                finite = finite and bool(array_module(gradient).isfinite(gradient).all())
+        self._finite = finite and self._finite is not False
+        return finite
 
     def step(self, optimizer: Optimizer, parameters: Iterable[Parameter]) -> bool:
-        """Update, unless a gradient is not finite: then forget them all. Returns whether it was done."""
+        """Update, unless a gradient is not finite: then forget them all. Returns whether it was done.
+
+        With several optimizers: a step for each, then one `update`. One overflow skips all steps that follow it.
+        """
         parameters = list(parameters)
-        finite = self.unscale(parameters) if self._finite is None else self._finite
-        if finite:
+        if not self._unscaled:
+            self.unscale(parameters)
+        self._unscaled = False
+        if self._finite:
             optimizer.step(parameters)
-        else:
-            optimizer.zero_grad(parameters)
-        return finite
+            return True
+        optimizer.zero_grad(parameters)
+        return False
 
     def update(self) -> None:
         """After `step`: make the factor smaller if that was skipped, larger if enough of them went well."""
@@ -271,8 +288,8 @@ class GradScaler:
                 self._scale *= self.growth_factor
         elif self._finite is not None:
             self.good_steps, self.skipped_steps = 0, self.skipped_steps + 1
-            self._scale *= self.backoff_factor
-        self._finite = None
+            self._scale = max(self._scale * self.backoff_factor, SMALLEST_SCALE)
+        self._unscaled, self._finite = False, None
 
     def state_dict(self) -> dict[str, float]:
         """What a save has to hold."""
@@ -287,6 +304,6 @@ class GradScaler:
         missing = {"scale", "good_steps", "skipped_steps"} - set(state)
         if missing:
             raise ValueError(f"GradScaler.load_state_dict: missing {', '.join(sorted(missing))}")
-        scale = check_number(state["scale"], "scale")
+        scale = check_number(state["scale"], "scale", least=SMALLEST_SCALE)
         good, skipped = (check_whole(state[name], name) for name in ("good_steps", "skipped_steps"))
         self._scale, self.good_steps, self.skipped_steps = scale, good, skipped

@@ -152,12 +152,14 @@ def accumulated_step(
             clip_grad_norm(parameters, clip_norm)
         if scaler is not None:
             scaler.step(optimizer, parameters)
-            scaler.update()
         elif clip_norm is not None:
             optimizer.step(parameters)
     except BaseException:
         clear_gradients([model])
         raise
+    finally:
+        if scaler is not None:
+            scaler.update()
     return value / scale
 
 

@@ -118,6 +118,22 @@ def test_the_predicted_peak_of_a_mixed_chain_is_the_traced_one(seed, names, monk
         assert plan.peak_bytes - plan.chain.fixed == pytest.approx(traced, abs=0.01 * plan.peak_bytes + 128 * KIB)
 
 
+@pytest.mark.parametrize("needs_dx", [True, False])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_a_layer_takes_is_what_it_says(name, mode, needs_dx):
+    layer, x = LAYERS[name](np.random.default_rng(0)).train(mode), batch_of(4000, 128)
+    cost = layer.cost(x.shape, x.dtype, needs_dx)
+    layer.backward_(x.copy(), layer.forward(x)[1], needs_dx)  # what is made once is there then
+    taken([layer])
+    forward = npnet.measure_peak(layer.forward, x)
+    y, saved = forward.result
+    backward = npnet.measure_peak(layer.backward_, x.copy(), saved, needs_dx).increase_bytes
+    assert forward.increase_bytes == pytest.approx(y.nbytes + cost.forward_bytes, abs=150 * KIB)
+    assert backward == pytest.approx(cost.backward_bytes, abs=150 * KIB)
+    assert (y.shape, y.nbytes) == (cost.output_shape, cost.output_bytes)
+
+
 def test_fit_keeps_to_a_budget_as_in_training_also_with_a_model_that_was_in_eval():
     layers = [layer for seed in range(4) for layer in (Dense(64, 64, rng=seed), Dropout(0.5, rng=seed))]
     model, x, optimizer = Sequential(*layers), batch_of(1000, 64), npnet.SGD(0.1)
