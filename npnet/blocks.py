@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npnet.backend import Array, array_module, ones, to_backend
+from npnet.backend import Array, array_module, backend_of, ones, to_backend
 from npnet.checks import check_float, check_number, check_whole
 from npnet.layer import KindError, Layer, LayerCost, Parameter, Saved, ShapeError
 from npnet.random import RNG, as_generator, current_step, draws
@@ -44,6 +44,8 @@ class Dropout(Layer):
         return y, mask
 
     def backward(self, dy: Array, saved: Saved) -> Array:
+        if saved is not None:
+            self.check_gradient(dy, saved)
         return self.backward_(dy.copy(), saved)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
@@ -88,6 +90,12 @@ class LayerNorm(Layer):
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         self._check(x.shape)
+        weight = self.weight.value
+        if backend_of(x) is not backend_of(weight) or x.dtype != weight.dtype:
+            raise KindError(
+                f"{self}: the input is {x.dtype} on {backend_of(x).name!r}, the weights are {weight.dtype} on "
+                f"{backend_of(weight).name!r}; convert with x.astype, move with npnet.to_backend"
+            )
         xp, n = array_module(x), self.features
         mean = x.mean(axis=1, keepdims=True)  # (batch, 1)
         y = xp.subtract(x, mean)  # (batch, features)

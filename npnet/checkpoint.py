@@ -64,16 +64,17 @@ def backpropagate(
     if schedule.depth != len(layers):
         raise ValueError(f"a schedule for {schedule.depth} layers cannot run a chain of {len(layers)}")
     check_saves(layers, schedule)
+    before = _checking.always
     try:
         with one_step():  # whatever is run again in it draws the same random numbers again
             check = _DeterminismCheck(layers) if determinism_check else None
-            _checking.always = determinism_check  # of the parts inside, too
+            _checking.always = determinism_check or before  # of the parts inside, too
             return _run(layers, schedule, x, output_gradient, after_backward, restore, needs_dx, check)
     except BaseException:  # Ctrl-C, too: the next pass must not add to the half of this one
         clear_gradients(layers)
         raise
     finally:
-        _checking.always = False
+        _checking.always = before
 
 
 def clear_gradients(layers: Sequence[Layer]) -> None:

@@ -157,6 +157,13 @@ class Sequential(Layer):
             if not isinstance(layer, Layer):
                 raise TypeError(f"Sequential: expected layers, got {layer!r}")
         self.layers = list(layers)
+        names: dict[int, str] = {}
+        for name, parameter in self.named_parameters().items():
+            if names.setdefault(id(parameter), name) != name:
+                raise ValueError(
+                    f"Sequential: the parameter {names[id(parameter)]} stands here once more as {name}; a layer may be "
+                    "in a model once, since it is updated as soon as its backward pass is done"
+                )
 
     def __repr__(self) -> str:
         return f"Sequential({', '.join(map(repr, self.layers))})"
