@@ -4,7 +4,7 @@ Where to start reading: `npnet.layer` (layers that never remember), `npnet.sched
 recompute, as a list of actions), `npnet.checkpoint` (the forty lines that run such a list).
 """
 
-from npnet import animation, plots, schedules
+from npnet import plots, schedules
 from npnet.activations import Activation, Identity, ReLU, Sigmoid, Softmax, Tanh
 from npnet.backend import (
     BackendUnavailable,
@@ -85,7 +85,6 @@ __all__ = [
     "TrainingDiverged",
     "accumulated_step",
     "add_gradients",
-    "animation",
     "array_module",
     "available_backends",
     "backpropagate",

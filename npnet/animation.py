@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from npnet.checks import check_number
+from npnet.drawing import BLUE, MAKE_PLAN, axes_or_new, bytes_alive_axis, check_type, draw_budget
 from npnet.memory import format_bytes
 from npnet.plans import Plan
-from npnet.plots import BLUE, MAKE_PLAN, axes_or_new, bytes_alive_axis, check_type, draw_budget
 from npnet.schedule import BACKWARD, DROP, FORWARD, Action, Schedule
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from npnet.drawing import figure, plot_accuracies, plot_bars
 from npnet.layer import Pair
 from npnet.memory import format_bytes, measure_peak
 from npnet.network_with_checkpointing import NetworkWithCheckpointing
-from npnet.plots import figure, plot_accuracies, plot_bars
 from npnet.report import Row, Table, describe_sizes
 
 BATCH, ETA = 100, 3.0

@@ -10,6 +10,7 @@ import numpy as np
 import npnet
 from npnet.backend import Backend, to_backend
 from npnet.datasets import load_mnist
+from npnet.drawing import save_training
 from npnet.layer import Pair
 from npnet.layers import Sequential, mlp
 from npnet.losses import LOSSES, TrainingDiverged
@@ -18,7 +19,6 @@ from npnet.memory import format_bytes
 from npnet.network import Network
 from npnet.optimizers import OPTIMIZERS
 from npnet.planner import plan
-from npnet.plots import save_training
 from npnet.report import Table, describe_sizes, write_json
 from npnet.schedules import ScheduleLike
 from npnet.training import History, fit

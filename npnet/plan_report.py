@@ -9,6 +9,7 @@ import numpy as np
 
 from npnet.backend import get_backend
 from npnet.datasets import one_hot
+from npnet.drawing import figure, plot_timelines, plot_tradeoff
 from npnet.layers import Sequential
 from npnet.losses import LOSSES, Loss
 from npnet.measuring import StepCost, measure_timeline, step_costs
@@ -16,7 +17,6 @@ from npnet.mnist import Settings, build, compare_costs
 from npnet.optimizers import OPTIMIZERS, Optimizer
 from npnet.planner import plan, tradeoff
 from npnet.plans import MOST_LAYERS, Plan
-from npnet.plots import figure, plot_timelines, plot_tradeoff
 from npnet.report import Table, write_json
 from npnet.schedules import ScheduleLike
 from npnet.step import train_step

@@ -47,7 +47,7 @@ ORDER = [
         "network",
         "network_with_checkpointing",
     ),
-    *("datasets", "training", "measuring", "report", "summary", "device", "plots", "animation"),
+    *("datasets", "training", "measuring", "report", "summary", "device", "drawing", "animation", "plots"),
     *("compare", "mnist", "plan_report", "cli"),
 ]
 """A file imports only from files before it in this list."""
@@ -191,7 +191,7 @@ def _private(): ...
 
 def test_all_lists_what_the_package_offers() -> None:
     offered = {name for name, value in vars(npnet).items() if not (name[0] == "_" or isinstance(value, ModuleType))}
-    assert set(npnet.__all__) == offered | {"animation", "plots", "schedules"}
+    assert set(npnet.__all__) == offered | {"plots", "schedules"}
     assert len(npnet.__all__) == len(set(npnet.__all__))
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 import npnet
 from npnet import animation, plots, schedules
 from npnet.animation import STATES, animate_schedule, plot_schedule, save_animation
+from npnet.drawing import BYTES, plot_timeline, plot_timelines, plot_tradeoff
 from npnet.memory import format_bytes
-from npnet.plots import BYTES, plot_timeline, plot_timelines, plot_tradeoff
 
 WORDS = {"F": "computed", "R": "recomputed", "o": "held", "B": "used, then freed"}  # of Schedule.diagram
 

@@ -54,7 +54,7 @@ def rows(most: int) -> Iterator[dict[str, object]]:
 
 def draw(found: list[dict[str, object]], path: Path) -> None:
     """Peak bytes and time against depth, a line per strategy."""
-    from npnet.plots import figure
+    from npnet.drawing import figure
 
     drawing, axes = figure(2)
     for strategy in STRATEGIES:
