@@ -150,8 +150,11 @@ class Layer:
         return found
 
     def parameters(self) -> list[Parameter]:
-        """All parameters, in a fixed order."""
-        return list(self.named_parameters().values())
+        """All parameters, in the order of `named_parameters`."""
+        found = [value for value in vars(self).values() if isinstance(value, Parameter)]
+        for child in self.children().values():
+            found += child.parameters()
+        return found
 
     def train(self, mode: bool = True) -> Self:
         """Train from now on (dropout drops, `npnet.checkpoint` checkpoints), with all layers inside."""

@@ -31,7 +31,6 @@ from npnet.pricing import Chain
 from npnet.schedule import BACKWARD, DROP, FORWARD, Kind, Schedule
 
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 class _Needs:

@@ -197,13 +197,11 @@ def price(
     for name, given, kind in (("loss", loss, Loss), ("optimizer", optimizer, Optimizer)):
         if not (given is None or isinstance(given, kind)):
             raise TypeError(f"{name}: expected a {kind.__name__}, such as npnet.{_EXAMPLES[name]}, got {given!r}")
-    output = chain_of(layers, (batch_size, features), dtype, loss_bytes=0).activation[-1]
-    arrays = getattr(network, "loss_arrays", 1) if loss is None else loss.loss_arrays
     return chain_of(
         layers,
         (batch_size, features),
         dtype,
-        loss_bytes=output * arrays,
+        loss_arrays=getattr(network, "loss_arrays", 1) if loss is None else loss.loss_arrays,
         state_arrays=optimizer.state_arrays if optimizer else 0,
         update_arrays=1 if optimizer and optimizer.weight_decay else 0,
         streaming=streaming,

@@ -69,7 +69,7 @@ def chain_of(
     shape: tuple[int, int],
     dtype: np.dtype[Any],
     *,
-    loss_bytes: int,
+    loss_arrays: int = 0,
     state_arrays: int = 0,
     update_arrays: int = 0,
     streaming: bool = True,
@@ -80,7 +80,7 @@ def chain_of(
     Args:
         shape: of the input, (batch, features).
         dtype: of activations and parameters.
-        loss_bytes: as in `Chain`.
+        loss_arrays: arrays of the output's size that the loss takes, the gradient included.
         state_arrays: arrays of a parameter's size that the optimizer keeps.
         update_arrays: arrays of a parameter's size that its update takes.
         streaming: each layer is updated, and its gradient freed, during the backward pass; else all gradients are
@@ -119,7 +119,7 @@ def chain_of(
         forward_flops=[0, *(cost.forward_flops for cost in costs)],
         backward_flops=[0, *(cost.backward_flops for cost in costs)],
         needs_saved=needs_saved(layers),
-        loss_bytes=loss_bytes,
+        loss_bytes=loss_arrays * outputs[-1],
         parameters=parameters,
         optimizer=state_arrays * parameters,
         accumulated=parameters if accumulating else 0,

@@ -146,14 +146,15 @@ def accumulated_step(
                 break
         if seen != samples:
             raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")
-        parameters = model.parameters()
-        finite = scaler is None or scaler.unscale(parameters)
-        if clip_norm is not None and finite:
-            clip_grad_norm(parameters, clip_norm)
-        if scaler is not None:
-            scaler.step(optimizer, parameters)
-        elif clip_norm is not None:
-            optimizer.step(parameters)
+        if scaler is not None or clip_norm is not None:
+            parameters = model.parameters()
+            finite = scaler is None or scaler.unscale(parameters)
+            if clip_norm is not None and finite:
+                clip_grad_norm(parameters, clip_norm)
+            if scaler is not None:
+                scaler.step(optimizer, parameters)
+            else:
+                optimizer.step(parameters)
     except BaseException:
         clear_gradients([model])
         raise

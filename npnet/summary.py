@@ -39,7 +39,7 @@ def summary(network: HasLayers, batch_size: int = 1, *, features: int | None = N
     """
     layers, features, dtype = input_of(network, features)
     shape = check_whole(batch_size, "batch_size", least=1), features
-    chain_of(layers, shape, dtype, loss_bytes=0)  # refuses layers that do not fit, by their path
+    chain_of(layers, shape, dtype)  # refuses layers that do not fit, by their path
     parameters = [parameter.value for layer in layers for parameter in layer.parameters()]
     count, size = sum(value.size for value in parameters), sum(value.nbytes for value in parameters)
     rows = list(_rows({str(number): layer for number, layer in enumerate(layers)}, "", shape, dtype))

@@ -1,5 +1,6 @@
 """Fixtures of several test files: the classic exercise's code, which is not part of the project, and MNIST."""
 
+import gc
 import os
 
 # Before NumPy is loaded: on products this small two BLAS threads only wait for each other, badly so on a busy machine.
@@ -21,6 +22,15 @@ def classic():
         pytest.skip(str(error))
     module.sigmoid = np.errstate(over="ignore")(module.sigmoid)  # so that only npnet's own warnings fail a test
     return module
+
+
+@pytest.fixture(scope="module")
+def fast_collection():
+    """`npnet.measure_peak` collects garbage first; let that not look at all that pytest has loaded."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

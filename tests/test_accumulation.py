@@ -1,7 +1,5 @@
 """Several batches as one large one: the same gradient, in the memory of the small one, by hand and in training."""
 
-import gc
-
 import numpy as np
 import pytest
 
@@ -22,13 +20,7 @@ SCHEDULES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_collection():
-    """`npnet.measure_peak` collects garbage first; let that not look at all that pytest has loaded."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("fast_collection")
 
 
 class Kept(npnet.Optimizer):

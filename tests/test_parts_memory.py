@@ -19,13 +19,7 @@ from tests.test_parts import Counted, bare
 KIB = 1024
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_collection():
-    """`npnet.measure_peak` collects garbage first; let that not look at all that pytest has loaded."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("fast_collection")
 
 
 def batch_of(size, features):

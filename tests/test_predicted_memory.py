@@ -1,6 +1,5 @@
 """What a plan predicts is what is traced: its peak, action by action, and that a budget is kept."""
 
-import gc
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -38,13 +37,7 @@ EXTREMES = {  # sizes, batch
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_collection():
-    """`npnet.measure_peak` collects garbage first; let that not look at all that pytest has loaded."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("fast_collection")
 
 
 class Case(NamedTuple):
