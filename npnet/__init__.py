@@ -6,6 +6,7 @@ recompute, as a list of actions), `npnet.checkpoint` (the forty lines that run s
 
 from npnet import plots, schedules
 from npnet.activations import Activation, Identity, ReLU, Sigmoid, Softmax, Tanh
+from npnet.archive import SaveError
 from npnet.backend import (
     BackendUnavailable,
     array_module,
@@ -26,6 +27,7 @@ from npnet.curvature import (
     second_order_step,
 )
 from npnet.datasets import DataError, batches, load_diabetes, load_mnist, make_linear, one_hot
+from npnet.failures import OutOfMemory
 from npnet.layer import Layer, LayerCost, Parameter
 from npnet.layers import Dense, Linear, Sequential, mlp
 from npnet.losses import BCEWithLogits, Loss, MeanSquaredError, Quadratic, SoftmaxCrossEntropy, TrainingDiverged
@@ -38,10 +40,13 @@ from npnet.planner import Tradeoff, plan, tradeoff
 from npnet.plans import InfeasibleBudget, Plan
 from npnet.precision import GradScaler, mixed_precision
 from npnet.random import set_seed
+from npnet.run import History
+from npnet.saver import Saver
 from npnet.schedule import InvalidSchedule, Schedule
 from npnet.step import accumulated_step, add_gradients, lazy_gradient, train_step, value_and_grad
+from npnet.storage import load
 from npnet.summary import summary
-from npnet.training import History, fit
+from npnet.training import fit
 
 __version__ = "0.1.0"
 
@@ -70,11 +75,14 @@ __all__ = [
     "Network",
     "NetworkWithCheckpointing",
     "Optimizer",
+    "OutOfMemory",
     "Parameter",
     "Plan",
     "Quadratic",
     "ReLU",
     "Residual",
+    "SaveError",
+    "Saver",
     "Schedule",
     "Sequential",
     "Sigmoid",
@@ -97,6 +105,7 @@ __all__ = [
     "hessian_vector_product",
     "largest_eigenvalue",
     "lazy_gradient",
+    "load",
     "load_diabetes",
     "load_mnist",
     "make_linear",

@@ -23,11 +23,14 @@ class Dropout(Layer):
     Args:
         p: probability of a zero, at least 0 and below 1.
         rng: seed or generator that the key is drawn from.
+        key: instead, the key itself, a whole number below 2^63.
     """
 
-    def __init__(self, p: float = 0.5, *, rng: RNG = None) -> None:
+    def __init__(self, p: float = 0.5, *, rng: RNG = None, key: int | None = None) -> None:
         self.p = check_number(p, "p", below=1.0)
-        self.key = int(as_generator(rng).integers(2**63))
+        self.key = int(as_generator(rng).integers(2**63)) if key is None else check_whole(key, "key")
+        if self.key >= 2**63:
+            raise ValueError(f"key: expected a whole number below 2^63, got {key}")
 
     def __repr__(self) -> str:
         return f"Dropout({self.p:g})"

@@ -169,6 +169,11 @@ def check_no_nan(array: Array, name: str) -> None:
             )
 
 
+def is_finite(array: Array) -> bool:
+    """Whether no number is infinite or NaN."""
+    return bool(array_module(array).isfinite(array).all())
+
+
 def check_one_hot(y: Array, name: str) -> None:
     """Refuse rows that are not all zeros but for a single one.
 

@@ -5,22 +5,25 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import npnet
 from npnet import compare, datasets, mnist, schedules
 from npnet.activations import ACTIVATIONS
+from npnet.archive import SaveError
 from npnet.backend import BackendUnavailable, get_backend
 from npnet.checks import check_number, check_sizes, check_whole
 from npnet.device import compare_devices
+from npnet.failures import OutOfMemory
 from npnet.losses import LOSSES, TrainingDiverged
 from npnet.memory import parse_bytes
 from npnet.optimizers import OPTIMIZERS
 from npnet.plan_report import plan_report
 from npnet.plans import InfeasibleBudget
 from npnet.report import Table, describe_sizes, write_json
+from npnet.saver import Saver
 from npnet.schedules import ScheduleLike
 
 TRAIN_EXAMPLES = """\
@@ -30,6 +33,7 @@ examples:
   npnet train --checkpoint-every 0          the same training without checkpointing
   npnet train --checkpoint-every 4          a checkpoint every 4 layers
   npnet train --memory-budget "8 MB"        the cheapest schedule that keeps to 8 MB
+  npnet train --save-every 100 --resume --out runs/mnist    lose at most 100 steps, whatever happens
   npnet train --classic                     the lab exercise: sigmoid, quadratic cost, in order, eta 3
   npnet train --arch 784,256x4,10 --activation tanh --optimizer sgd --learning-rate 0.1
 """
@@ -199,6 +203,17 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--backend", help="numpy or cupy (default: $NPNET_BACKEND, else numpy)")
     train.add_argument("--samples", type=_type(whole("samples", 1)), help="train on the first SAMPLES images only")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
+    train.add_argument(
+        "--save-every", type=_type(whole("steps", 1)), metavar="N",
+        help="save the training to save.npz in --out every N steps (also when it is interrupted, and at its end)",
+    )  # fmt: skip
+    train.add_argument(
+        "--resume", action="store_true",
+        help="go on with the training saved in --out, with its settings; if there is none, begin",
+    )  # fmt: skip
+    train.add_argument(
+        "--stop-on-save-error", action="store_true", help="end when a save cannot be written (default: warn, and go on)"
+    )
     plan.add_argument("--measure", action="store_true", help="run steps on random data too, beside what is predicted")
     plan.add_argument(
         "--plot", type=_type(parse_file), metavar="FILE", help="draw timelines and the trade-off (.png, .svg)"
@@ -212,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.add_argument("--quick", action="store_true", help="a tenth of the data, and fewer rounds")
     for sub in (train, compare):
-        sub.add_argument("--seed", type=_type(whole("seed", 0)), default=0, help="of all random numbers (default 0)")
+        sub.add_argument("--seed", type=_type(whole("seed", 0)), help="of all random numbers (default 0)")
         sub.add_argument("--data", metavar="PATH", help="MNIST file or its folder (default: searched, see npnet data)")
         sub.add_argument("--out", type=_type(parse_out), metavar="DIR", help="write results and pictures there")
     device = command(
@@ -233,20 +248,60 @@ def build_parser() -> argparse.ArgumentParser:
 def settings_of(options: argparse.Namespace) -> mnist.Settings:
     """The defaults, with what was given in place of parts of them."""
     settings = mnist.CLASSIC if options.classic else mnist.MODERN
-    given = {field.name: getattr(options, field.name, None) for field in fields(settings)}
-    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+    return replace(settings, **_given(options))
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings among the options that were given."""
+    given = {field.name: getattr(options, field.name, None) for field in fields(mnist.Settings)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def resumed_settings(options: argparse.Namespace, save: Path) -> mnist.Settings:
+    """Those of the save; what was given must be the same, but for the number of epochs.
+
+    Raises:
+        ValueError: it is not.
+    """
+    saved = mnist.Settings.of_save(save)
+    given = _given(options) | ({"exercise": True} if options.classic else {})
+    for name, value in given.items():
+        if name != "epochs" and getattr(saved, name) != value:
+            raise ValueError(
+                f"--resume: {save} was saved with {name.replace('_', ' ')} {getattr(saved, name)}, not {value}; leave the "
+                "option out, or train anew in another --out"
+            )
+    return replace(saved, epochs=given.get("epochs", saved.epochs))
 
 
 def run_train(options: argparse.Namespace) -> int:
     """npnet train."""
+    settings, saver = settings_of(options), None
+    if options.save_every is not None or options.resume:
+        if options.out is None:
+            raise ValueError("--save-every and --resume need --out DIR, where the save is")
+        save = options.out / "save.npz"
+        if options.resume and save.exists():
+            settings = resumed_settings(options, save)
+        elif save.exists():
+            raise ValueError(f"{save} is the save of a training: go on with it (--resume), or train in another --out")
+        about = {"settings": asdict(settings)}
+        saver = Saver(
+            save,
+            options.save_every or 100,
+            resume=options.resume,
+            stop_on_error=options.stop_on_save_error,
+            about=about,
+        )
     mnist.train(
-        settings_of(options),
+        settings,
         options.checkpoint_every,
         get_backend(options.backend),
         memory_budget=options.memory_budget,
         data=options.data,
         samples=options.samples,
         out=options.out,
+        saver=saver,
         log=not options.quiet,
     )
     return 0
@@ -270,7 +325,7 @@ def run_compare(options: argparse.Namespace) -> int:
     print("loading MNIST", flush=True)
     tables: list[Table] = []
     try:
-        for table in compare.report(*datasets.load_mnist(options.data), options.quick, options.seed):
+        for table in compare.report(*datasets.load_mnist(options.data), options.quick, options.seed or 0):
             tables.append(table)
             print(f"\n{table}", flush=True)
     finally:
@@ -304,7 +359,7 @@ def run_data(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0, 1 for what went wrong on the way, 2 for bad arguments, 130 for Ctrl-C."""
+    """Run one command. Exit codes: 0, 1 for what went wrong on the way, 2 for bad arguments, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = build_parser()
     try:
         import argcomplete
@@ -318,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except InfeasibleBudget as error:
+    except (InfeasibleBudget, OutOfMemory) as error:
         print(f"npnet {options.command}: {error}", file=sys.stderr)
         return 1
     except MemoryError as error:
@@ -326,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"npnet {options.command}: out of memory ({error}); try a smaller --arch or --batch-size", file=sys.stderr
         )
         return 1
-    except (OSError, datasets.DataError, TrainingDiverged, ImportError) as error:
+    except (OSError, datasets.DataError, SaveError, TrainingDiverged, ImportError) as error:
         print(f"npnet {options.command}: {error}", file=sys.stderr)
         return 1
     except (TypeError, ValueError, BackendUnavailable) as error:

@@ -233,16 +233,24 @@ def make_linear(
 
 
 def batches(
-    x: Array, y: Array, batch_size: int, rng: RNG = None, shuffle: bool = True, drop_last: bool = False
+    x: Array,
+    y: Array,
+    batch_size: int,
+    rng: RNG = None,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    start: int = 0,
 ) -> Iterator[Pair]:
     """The samples in batches of ``batch_size`` rows; if they do not divide evenly, the last one is shorter, or dropped.
+
+    ``start`` leaves out so many samples, of those that would come first.
 
     >>> [len(x) for x, y in batches(np.zeros((5, 3)), np.zeros((5, 1)), 2)]
     [2, 2, 1]
     """
     check_pairs(x, y)
     batch_size = check_whole(batch_size, "batch_size", least=1)
-    order = as_generator(rng).permutation(len(x)) if shuffle else None
-    for start in range(0, len(x) - (batch_size - 1 if drop_last else 0), batch_size):
-        rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-        yield x[rows], y[rows]
+    order = as_generator(rng).permutation(len(x)) if shuffle else None  # drawn now, whoever takes how many
+    firsts = range(check_whole(start, "start"), len(x) - (batch_size - 1 if drop_last else 0), batch_size)
+    samples = (slice(i, i + batch_size) if order is None else order[i : i + batch_size] for i in firsts)
+    return ((x[rows], y[rows]) for rows in samples)

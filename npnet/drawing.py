@@ -13,8 +13,8 @@ from npnet.measuring import StepCost
 from npnet.memory import format_bytes
 from npnet.planner import Tradeoff
 from npnet.plans import Plan
+from npnet.run import History
 from npnet.schedule import BACKWARD, Schedule
-from npnet.training import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -238,6 +238,11 @@ class DualModule:
         u, _ = _split(x)
         return _result(array_module(u).sign(u), None, out)
 
+    def isfinite(self, x: Dual) -> Array:
+        """Of the values."""
+        finite: Array = array_module(x.value).isfinite(x.value)
+        return finite
+
     def maximum(self, x: Any, y: Any, out: Dual | None = None) -> Dual:
         """The derivative of the larger one."""
         (u, du), (v, dv) = _split(x), _split(y)

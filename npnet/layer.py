@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 import numpy as np
 
 from npnet.backend import Array, backend_of, to_backend, to_host
+from npnet.savable import Savable
 
 Pair: TypeAlias = tuple[Array, Array]
 """Data to learn from, (x, y), a row per sample each: (samples, features) and (samples, outputs)."""
@@ -106,7 +107,7 @@ class KindError(_Located, TypeError):
     """A layer cannot take an array of this dtype, or of this backend."""
 
 
-class Layer:
+class Layer(Savable):
     """One link of a chain: a_l = f_l(a_{l-1}), with its derivative."""
 
     output_suffices: ClassVar[bool] = False

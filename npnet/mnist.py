@@ -1,13 +1,14 @@
 """The MNIST training script: what ``npnet train`` runs, from data to report."""
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import npnet
+from npnet.archive import SaveError, read_archive
 from npnet.backend import Backend, to_backend
 from npnet.datasets import load_mnist
 from npnet.drawing import save_training
@@ -20,8 +21,9 @@ from npnet.network import Network
 from npnet.optimizers import OPTIMIZERS
 from npnet.planner import plan
 from npnet.report import Table, describe_sizes, write_json
+from npnet.run import History
 from npnet.schedules import ScheduleLike
-from npnet.training import History, fit
+from npnet.training import fit
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,20 @@ class Settings:
     dtype: str
     exercise: bool = False
     seed: int = 0
+
+    @classmethod
+    def of_save(cls, path: Path) -> "Settings":
+        """The settings that a training was saved with.
+
+        Raises:
+            SaveError: the file cannot be read, or has none.
+        """
+        said = read_archive(path)[0].get("about")
+        try:
+            settings = cls(**said["settings"])  # type: ignore[index]
+            return replace(settings, arch=tuple(settings.arch))
+        except (TypeError, KeyError):
+            raise SaveError(f"{path}: not saved by npnet train") from None
 
     def __str__(self) -> str:
         return (
@@ -64,6 +80,7 @@ def train(
     data: str | None = None,
     samples: int | None = None,
     out: Path | None = None,
+    saver: Saver | None = None,
     log: bool = True,
 ) -> None:
     """Train on MNIST, print a report, and write it to ``out``: metrics.json, metrics.csv, training.png.
@@ -74,11 +91,13 @@ def train(
         data: MNIST's file or folder, if it is not to be searched.
         samples: train on the first so many only.
         out: an existing folder, or None.
+        saver: saves the training, and goes on with it (see `npnet.Saver`).
         log: show progress bars.
 
     Raises:
         InfeasibleBudget: no schedule keeps to the budget.
-        TrainingDiverged, KeyboardInterrupt: after what was measured so far is printed and written.
+        TrainingDiverged, KeyboardInterrupt, SystemExit: (the latter for SIGTERM) after what was measured so far is printed
+            and written.
     """
     if settings.arch[0] != 784 or settings.arch[-1] != 10:
         raise ValueError(f"MNIST needs 784 inputs and 10 outputs, the network is {describe_sizes(settings.arch)}")
@@ -115,17 +134,18 @@ def train(
             shuffle=not settings.exercise,
             decay=settings.decay == "linear",
             history=history,
+            saver=saver,
             show={"peak memory": format_bytes(costs[-1].peak_bytes)},
             log=log,
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         outcome = "interrupted"
         raise
     except TrainingDiverged as error:
         outcome = f"diverged: {error}"
         raise
     finally:
-        _report(settings, title, history, costs, list(predicted.values()), outcome, out)
+        _report(settings, title, history, costs, list(predicted.values()), outcome, out, saver)
 
 
 def build(settings: Settings, backend: Backend) -> Sequential:
@@ -159,11 +179,14 @@ def _report(
     predicted: list[int],
     outcome: str,
     out: Path | None,
+    saver: Saver | None,
 ) -> None:
     table = Table("costs", "A training step, measured before the training", compare_costs(costs, predicted))
     if history.accuracy is not None:
         print(f"\ntest accuracy {100 * history.accuracy:.2f} %, {history.seconds:.1f} s in training steps ({outcome})")
     print(f"\n{table}")
+    if saver is not None:
+        print(f"\n{saver.last}")
     if out is None:
         return
     content = {

@@ -27,15 +27,17 @@ from npnet.checks import (
     check_sizes,
     check_whole,
 )
-from npnet.layer import Layer, Pair
+from npnet.failures import explained, rehearse
+from npnet.layer import Layer, Pair, Parameter
 from npnet.layers import Dense
 from npnet.lending import Lender, as_matrix
 from npnet.losses import TrainingDiverged, accuracy, check_finite
 from npnet.random import RNG, as_generator
+from npnet.savable import Savable
 from npnet.schedule import Schedule
 
 
-class Network:
+class Network(Savable):
     """A chain of dense sigmoid layers with the quadratic cost, trained by stochastic gradient descent.
 
     Args:
@@ -75,6 +77,7 @@ class Network:
         self._biases = Lender("biases", [layer.bias for layer in self.layers], self._array)
         self._schedule = schedules.none(len(self.layers))
         self._restore: Restore | None = None
+        self._rehearsed: tuple[Schedule | None, int] = None, 0  # the schedule, and the largest batch
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.sizes})"
@@ -82,6 +85,11 @@ class Network:
     def __copy__(self) -> "Network":
         """A copy that trains alone, as a copy of the exercise's network does."""
         return copy.deepcopy(self)
+
+    def named_parameters(self) -> dict[str, Parameter]:
+        """All parameters: "0.weight", "0.bias" and so on."""
+        layers = enumerate(self.layers)
+        return {f"{i}.{name}": each for i, layer in layers for name, each in layer.named_parameters().items()}
 
     @property
     def weights(self) -> list[Array]:
@@ -158,7 +166,8 @@ class Network:
 
         The step is linear in the gradient at the output, so eta/batch is multiplied in there, once, on the
         smallest array there is. Each layer is updated as soon as its gradient is known, and the gradient is
-        freed. (A subclass that overrides `backprop` is updated from what that returns.)
+        freed. (A subclass that overrides `backprop` is updated from what that returns.) The first batch of a size is
+        rehearsed, so that memory runs out before anything is updated, if it does.
 
         Args:
             mini_batch: (x, y), rows.
@@ -167,11 +176,13 @@ class Network:
         Raises:
             TrainingDiverged: the loss is not finite; the weights are as before. (What overflows in the backward
                 pass itself is found by the next step's loss.)
+            OutOfMemory: memory ran out; the weights are as before.
         """
         x, y = self._pairs(mini_batch, "mini_batch: ")
         rate = check_number(eta, "eta") / len(x)
         if getattr(self.backprop, "__func__", None) is Network.backprop:
             try:
+                self._rehearse(x)
                 self._run(x, y, rate, _descend)
             finally:  # after the step, in which overridden methods may have asked for the lists, too
                 self._weights.take_back()
@@ -194,7 +205,21 @@ class Network:
 
         clear_gradients(self.layers)
         schedule = self._schedule_for(len(x), streaming=after_backward is not None)
-        backpropagate(self.layers, schedule, x, output_gradient, after_backward=after_backward, restore=self._restore)
+        with explained(self, schedule, x):
+            backpropagate(
+                self.layers, schedule, x, output_gradient, after_backward=after_backward, restore=self._restore
+            )
+
+    def _rehearse(self, x: Array) -> None:
+        """Once for a schedule and batch size: do all that a step does but the update, by the engine alone.
+
+        Methods of a subclass are not called.
+        """
+        schedule = self._schedule_for(len(x), streaming=True)
+        if self._rehearsed[0] is not schedule or self._rehearsed[1] < len(x):
+            with explained(self, schedule, x):
+                rehearse(self.layers, schedule, x)
+            self._rehearsed = schedule, len(x)
 
     def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:
         """What a pass computes, holds and recomputes; streaming: layers are updated on the way back."""

@@ -61,6 +61,18 @@ class NetworkWithCheckpointing(Network):
         if memory_budget is not None:
             self.memory_budget = memory_budget
 
+    def config(self) -> dict[str, Any]:
+        config = super().config()
+        schedule = config.pop("schedule")
+        if not self._every and self.memory_budget is None:
+            config["schedule"] = {
+                "actions": [(kind.value, layer) for kind, layer in schedule],
+                "depth": schedule.depth,
+                "name": schedule.name,
+                "needs_saved": sorted(schedule.needs_saved),
+            }
+        return config
+
     @property
     def memory_budget(self) -> int | None:
         """Bytes, or None; assigning bytes or "20 MB" to it replaces the schedule, at the next batch."""

@@ -1,48 +1,121 @@
 """Optimizers: what becomes of a gradient.
 
-``step(parameters)`` updates them in place and frees their gradients (whose buffers it may overwrite). Called
-for one layer at a time during the backward pass, it keeps all gradients from ever being alive together;
-called once at the end it is the ordinary step. Both give the same numbers.
+``step(parameters)`` updates them in place and frees their gradients (whose buffers it may overwrite). Called once at
+the end it is the ordinary step: all or nothing, since whatever memory it needs is allocated before the first number
+changes. Called for one layer at a time during the backward pass ("streaming"), it keeps all gradients from ever being
+alive together. Both give the same numbers.
 """
 
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-from npnet.backend import Array, array_module
+from npnet.backend import Array, array_module, backend_of, to_backend, to_host
 from npnet.checks import check_number
 from npnet.layer import Parameter
 from npnet.losses import check_finite
 
 
 class Optimizer:
-    """Updates parameters from their gradients; keeps what it has to remember per parameter."""
+    """Updates parameters from their gradients; keeps what it has to remember per parameter.
+
+    A subclass says in `state_names` what that is, and writes `_update`.
+    """
 
     learning_rate: float
-    weight_decay: float = 0.0
+    weight_decay: float
+
+    def __init__(self, learning_rate: float = 1e-3, weight_decay: float = 0.0) -> None:
+        self.learning_rate = check_number(learning_rate, "learning_rate")
+        self.weight_decay = check_number(weight_decay, "weight_decay")
+        self._state: dict[Parameter, dict[str, Any]] = {}  # arrays by name, and "steps" taken
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The arrays of a parameter's size that are kept from step to step."""
+        return ()
 
     def step(self, parameters: Iterable[Parameter]) -> None:
-        """Update every parameter that has a gradient, and set the gradient to None."""
-        for parameter in parameters:
-            if parameter.gradient is not None:
-                if self.weight_decay:
-                    parameter.gradient += parameter.value * self.weight_decay
-                self._update(parameter, parameter.gradient)
-                parameter.gradient = None
+        """Update every parameter that has a gradient, and set the gradient to None.
+
+        Raises:
+            MemoryError: no parameter was changed.
+        """
+        for parameter in self.prepare(parameters):
+            self._update(parameter, parameter.take_gradient())
 
     def zero_grad(self, parameters: Iterable[Parameter]) -> None:
         """Forget the gradients, before new ones are added up."""
         for parameter in parameters:
             parameter.gradient = None
 
-    @property
-    def state_arrays(self) -> int:
-        """How many arrays of a parameter's size are kept from step to step."""
-        return 0
+    def prepare(self, parameters: Iterable[Parameter]) -> list[Parameter]:
+        """Allocate whatever their updates take; returns those that have a gradient."""
+        ready = [parameter for parameter in parameters if parameter.gradient is not None]
+        for parameter in ready:
+            weight = parameter.writable()
+            if self.weight_decay:
+                parameter.accumulate(weight * self.weight_decay)
+            if self.state_names and parameter not in self._state:
+                zeros = array_module(weight).zeros_like
+                self._state[parameter] = {**{name: zeros(weight) for name in self.state_names}, "steps": 0}
+        return ready
 
     def _update(self, parameter: Parameter, gradient: Array) -> None:
+        """Change the parameter's value, overwriting ``gradient``, without allocating arrays: nothing may fail here."""
         raise NotImplementedError(f"{type(self).__name__}._update")
+
+    def config(self) -> dict[str, float]:
+        """The arguments that make an optimizer like this one."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def state_dict(self, parameters: Mapping[str, Parameter]) -> dict[str, Array]:
+        """What is remembered of ``parameters``, on the host: "mean/0.weight" and so on; not copied.
+
+        Args:
+            parameters: by name, as from `npnet.Layer.named_parameters`.
+        """
+        return {
+            f"{kind}/{name}": to_host(value)
+            for name, parameter in parameters.items()
+            for kind, value in self._state.get(parameter, {}).items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Array], parameters: Mapping[str, Parameter]) -> None:
+        """Remember what `state_dict` gave, for these parameters, instead of what is remembered now.
+
+        Raises:
+            ValueError: an entry is missing, unknown, or does not fit; nothing is changed.
+        """
+        kinds, fresh = ("steps", *self.state_names), {}
+        known = {f"{kind}/{name}" for name in parameters for kind in kinds}
+        if not set(state) <= known:
+            raise ValueError(f"load_state_dict: the state has unknown {', '.join(sorted(set(state) - known))}")
+        for name, parameter in parameters.items():
+            given = {kind: to_host(state[f"{kind}/{name}"]) for kind in kinds if f"{kind}/{name}" in state}
+            if not given:
+                continue  # the parameter was never updated
+            missing = set(kinds) - set(given)
+            if missing:
+                raise ValueError(f"load_state_dict: the state lacks {', '.join(sorted(missing))} of {name}")
+            steps, weight = given.pop("steps"), parameter.value
+            if steps.shape != () or steps.dtype.kind not in "iu" or steps < 0:
+                raise ValueError(f"load_state_dict: steps/{name}: expected a whole number, got {steps!r}")
+            for kind, array in given.items():
+                if array.shape != weight.shape or array.dtype != weight.dtype:
+                    raise ValueError(
+                        f"load_state_dict: {kind}/{name}: expected shape {weight.shape} and dtype {weight.dtype}, got "
+                        f"{array.shape} and {array.dtype}"
+                    )
+            backend = backend_of(weight).name
+            arrays = {kind: to_backend(array.copy(order="K"), backend) for kind, array in given.items()}
+            fresh[parameter] = {**arrays, "steps": int(steps)}
+        for parameter in parameters.values():
+            self._state.pop(parameter, None)
+        self._state |= fresh
 
 
 class SGD(Optimizer):
@@ -54,26 +127,22 @@ class SGD(Optimizer):
     """
 
     def __init__(self, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        self.weight_decay = check_number(weight_decay, "weight_decay")
-        self.learning_rate = check_number(learning_rate, "learning_rate")
+        super().__init__(learning_rate, weight_decay)
         self.momentum = check_number(momentum, "momentum", below=1.0)
-        self._velocity: dict[Parameter, Array] = {}
 
     @property
-    def state_arrays(self) -> int:
-        return 1 if self.momentum else 0
+    def state_names(self) -> tuple[str, ...]:
+        return ("velocity",) if self.momentum else ()
 
     def _update(self, parameter: Parameter, gradient: Array) -> None:
-        xp, weight = array_module(gradient), parameter.writable()
+        xp, weight = array_module(gradient), parameter.value
         if self.momentum:
-            velocity = self._velocity.get(parameter)
-            if velocity is None:
-                self._velocity[parameter] = gradient.copy(order="K")
-            else:
-                xp.multiply(velocity, self.momentum, out=velocity)
-                xp.add(velocity, gradient, out=velocity)
-                xp.copyto(gradient, velocity)
-        xp.multiply(gradient, self.learning_rate, out=gradient)
+            velocity = self._state[parameter]["velocity"]
+            xp.multiply(velocity, self.momentum, out=velocity)
+            xp.add(velocity, gradient, out=velocity)
+            xp.multiply(velocity, self.learning_rate, out=gradient)
+        else:
+            xp.multiply(gradient, self.learning_rate, out=gradient)
         xp.subtract(weight, gradient, out=weight)
 
 
@@ -92,21 +161,18 @@ class Adam(Optimizer):
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        self.weight_decay = check_number(weight_decay, "weight_decay")
-        self.learning_rate = check_number(learning_rate, "learning_rate")
+        super().__init__(learning_rate, weight_decay)
         self.beta1, self.beta2 = check_number(beta1, "beta1", below=1.0), check_number(beta2, "beta2", below=1.0)
         self.epsilon = check_number(epsilon, "epsilon")
-        self._state: dict[Parameter, tuple[Array, Array, int]] = {}  # m, v, and t: the steps taken
 
     @property
-    def state_arrays(self) -> int:
-        return 2
+    def state_names(self) -> tuple[str, ...]:
+        return "mean", "square"
 
     def _update(self, parameter: Parameter, gradient: Array) -> None:
-        xp, weight = array_module(gradient), parameter.writable()
-        mean, square, t = self._state.get(parameter) or (xp.zeros_like(gradient), xp.zeros_like(gradient), 0)
-        t += 1
-        self._state[parameter] = mean, square, t
+        xp, weight, state = array_module(gradient), parameter.value, self._state[parameter]
+        state["steps"] += 1
+        mean, square, t = state["mean"], state["square"], state["steps"]
         # In place throughout: the gradient's own buffer holds (1-b1) g, then (1-b2) g^2, then the step.
         xp.multiply(gradient, 1 - self.beta1, out=gradient)
         xp.multiply(mean, self.beta1, out=mean)

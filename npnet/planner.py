@@ -202,7 +202,7 @@ def price(
         (batch_size, features),
         dtype,
         loss_arrays=getattr(network, "loss_arrays", 1) if loss is None else loss.loss_arrays,
-        state_arrays=optimizer.state_arrays if optimizer else 0,
+        state_arrays=len(optimizer.state_names) if optimizer else 0,
         update_arrays=1 if optimizer and optimizer.weight_decay else 0,
         streaming=streaming,
         accumulating=check_whole(accumulation_steps, "accumulation_steps", least=1) > 1,

@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from npnet.backend import Array, array_module, backend_of
+from npnet.backend import Array, backend_of
 from npnet.checkpoint import Checkpoint
-from npnet.checks import check_number, check_whole
+from npnet.checks import check_number, check_whole, is_finite
 from npnet.layer import Layer, LayerCost, Parameter, Saved
 from npnet.layers import Dense, Sequential
 from npnet.optimizers import Optimizer
@@ -261,7 +261,7 @@ class GradScaler:
             gradient = parameter.gradient
             if gradient is not None:
                 gradient *= 1 / self._scale
-                finite = finite and bool(array_module(gradient).isfinite(gradient).all())
+                finite = finite and is_finite(gradient)
         self._finite = finite and self._finite is not False
         return finite
 

@@ -101,6 +101,16 @@ def new_step() -> int:
     return _state.next_step - 1
 
 
+def next_step() -> int:
+    """The number that the next step of this thread will have."""
+    return _state.next_step
+
+
+def set_next_step(step: int) -> None:
+    """Number the steps of this thread from ``step`` on: that of a run that is gone on with."""
+    _state.next_step = check_whole(step, "step")
+
+
 def current_step() -> int:
     """The number of the step under way; outside of one, every call is a step of its own."""
     return new_step() if _state.step is None else _state.step

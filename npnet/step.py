@@ -1,9 +1,10 @@
 """One training step: gradients of one batch, or of several added up, and the update."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from npnet.backend import Array
 from npnet.checkpoint import backpropagate, clear_gradients
+from npnet.failures import explained
 from npnet.layer import Layer, Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, check_finite
@@ -14,9 +15,25 @@ from npnet.schedule import Schedule
 from npnet.schedules import ScheduleLike, as_schedule
 
 
-def chain(model: Layer) -> Sequence[Layer]:
-    """The layers that a schedule runs over: those of a `Sequential`, else the model as a single one."""
-    return model.layers if isinstance(model, Sequential) else [model]
+def as_chain(model: Layer) -> Sequential:
+    """The chain that a schedule runs over: a `Sequential` itself, else the model as a single layer."""
+    return model if isinstance(model, Sequential) else Sequential(model)
+
+
+class _OutputGradient:
+    """Where backpropagation starts: the loss's gradient at the output; ``value`` is the loss, once it was called."""
+
+    value = 0.0
+
+    def __init__(self, loss: Loss, y: Array, weight: float = 1.0) -> None:
+        self.loss, self.y, self.weight = loss, y, weight
+
+    def __call__(self, output: Array) -> Array:
+        value, gradient = self.loss.value_and_gradient(output, self.y)
+        self.value = check_finite(value) * self.weight
+        if self.weight != 1:
+            gradient *= self.weight
+        return gradient
 
 
 def add_gradients(
@@ -43,27 +60,17 @@ def add_gradients(
 
     Raises:
         TrainingDiverged: the loss is not finite; all gradients are cleared.
+        OutOfMemory: memory ran out; all gradients are cleared.
     """
-    layers = chain(model)
-    value = 0.0
-
-    def output_gradient(output: Array) -> Array:
-        nonlocal value
-        loss_value, gradient = loss.value_and_gradient(output, y)
-        value = check_finite(loss_value) * weight
-        if weight != 1:
-            gradient *= weight
-        return gradient
-
-    backpropagate(
-        layers,
-        as_schedule(schedule, len(layers), needs_saved(layers)),
-        x,
-        output_gradient,
-        after_backward=after_backward,
-        determinism_check=determinism_check,
-    )
-    return value
+    network, output_gradient = as_chain(model), _OutputGradient(loss, y, weight)
+    layers = network.layers
+    if not isinstance(schedule, Schedule):
+        schedule = as_schedule(schedule, len(layers), needs_saved(layers))
+    with explained(network, schedule, x, loss):
+        backpropagate(
+            layers, schedule, x, output_gradient, after_backward=after_backward, determinism_check=determinism_check
+        )
+    return output_gradient.value
 
 
 def value_and_grad(
@@ -87,9 +94,12 @@ def train_step(
     y: Array,
     *,
     clip_norm: float | None = None,
+    streaming: bool = True,
 ) -> float:
     """Forward, backward and update on one batch: `accumulated_step` with a single micro-batch."""
-    return accumulated_step(model, loss, optimizer, schedule, [(x, y)], len(x), clip_norm=clip_norm)
+    return accumulated_step(
+        model, loss, optimizer, schedule, [(x, y)], len(x), clip_norm=clip_norm, streaming=streaming
+    )
 
 
 def accumulated_step(
@@ -102,6 +112,7 @@ def accumulated_step(
     *,
     clip_norm: float | None = None,
     scaler: GradScaler | None = None,
+    streaming: bool = True,
     determinism_check: bool = False,
 ) -> float:
     """One update from the gradients of several micro-batches: that of the one large batch that they make up.
@@ -115,21 +126,25 @@ def accumulated_step(
         clip_norm: scale the gradient to this norm at most (see `clip_grad_norm`). Then all gradients are alive
             together, and the update comes after the backward pass.
         scaler: scale the loss, and skip the update if a gradient overflows. Then all gradients are alive together, too.
+        streaming: False updates after the backward pass in any case. All gradients are alive together, and a step that
+            is broken off, by whatever, leaves the model as it was; otherwise it may be half done.
 
     Returns:
         The loss before the update.
 
     Raises:
         TrainingDiverged: the loss is not finite; nothing was updated.
+        OutOfMemory: memory ran out; see ``streaming``, and `npnet.failures.rehearse`.
         ValueError: the micro-batches end before, or in the middle of one; nothing was updated.
     """
     clear_gradients([model])
     value, seen = 0.0, 0
     scale = 1.0 if scaler is None else scaler.get_scale()
+    at_once = streaming and clip_norm is None and scaler is None
+    update = (lambda layer: optimizer.step(layer.parameters())) if at_once else None
     try:
         for x, y in micro_batches:
             seen += len(x)
-            last = seen == samples and clip_norm is None and scaler is None
             if seen > samples:
                 break
             value += add_gradients(
@@ -139,22 +154,23 @@ def accumulated_step(
                 y,
                 weight=len(x) / samples * scale,
                 schedule=schedule,
-                after_backward=(lambda layer: optimizer.step(layer.parameters())) if last else None,
+                after_backward=update if seen == samples else None,
                 determinism_check=determinism_check,
             )
             if seen == samples:
                 break
         if seen != samples:
             raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")
-        if scaler is not None or clip_norm is not None:
-            parameters = model.parameters()
-            finite = scaler is None or scaler.unscale(parameters)
-            if clip_norm is not None and finite:
-                clip_grad_norm(parameters, clip_norm)
-            if scaler is not None:
-                scaler.step(optimizer, parameters)
-            else:
-                optimizer.step(parameters)
+        if at_once:
+            return value
+        parameters = model.parameters()
+        finite = scaler is None or scaler.unscale(parameters)
+        if clip_norm is not None and finite:
+            clip_grad_norm(parameters, clip_norm)
+        if scaler is not None:
+            scaler.step(optimizer, parameters)
+        else:
+            optimizer.step(parameters)
     except BaseException:
         clear_gradients([model])
         raise
@@ -189,14 +205,7 @@ def lazy_gradient(
     Raises:
         TrainingDiverged: the loss is not finite; all gradients are cleared.
     """
-    value = 0.0
-
-    def output_gradient(output: Array) -> Array:
-        nonlocal value
-        loss_value, gradient = loss.value_and_gradient(output, y)
-        value = check_finite(loss_value)
-        return gradient
-
+    output_gradient = _OutputGradient(loss, y)
     plain = [as_schedule("none", len(half.layers), needs_saved(half.layers)) for half in (before, after)]
     try:
         with one_step():  # the first half draws the same random numbers again
@@ -208,4 +217,4 @@ def lazy_gradient(
     except BaseException:
         clear_gradients([before, after])
         raise
-    return value
+    return output_gradient.value

@@ -5,12 +5,15 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
-from npnet.backend import backend_of
+from npnet.backend import Array, backend_of
+from npnet.checkpoint import digest
 from npnet.checks import check_no_nan, check_one_hot, check_pairs, check_whole
 from npnet.datasets import batches
+from npnet.failures import explained, rehearse
+from npnet.interrupts import Interrupts
 from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, TrainingDiverged, accuracy
@@ -18,40 +21,10 @@ from npnet.optimizers import Optimizer
 from npnet.planner import plan
 from npnet.precision import GradScaler
 from npnet.random import RNG, as_generator
+from npnet.run import History, TrainingRun
+from npnet.saver import Saver
 from npnet.schedules import ScheduleLike, as_schedule
 from npnet.step import accumulated_step
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One pass over the data: its steps' mean loss and time, and the accuracy on the test data after it."""
-
-    epoch: int
-    steps: int
-    loss: float
-    accuracy: float | None
-    seconds: float
-
-
-@dataclass
-class History:
-    """What happened in training, epoch by epoch. An epoch that was broken off is there, without accuracy."""
-
-    epochs: list[Epoch] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in training steps."""
-        return sum(epoch.seconds for epoch in self.epochs)
-
-    @property
-    def accuracy(self) -> float | None:
-        """The last accuracy measured."""
-        return next((epoch.accuracy for epoch in reversed(self.epochs) if epoch.accuracy is not None), None)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One dictionary per epoch, for tables and files."""
-        return [asdict(epoch) for epoch in self.epochs]
 
 
 def fit(
@@ -71,12 +44,17 @@ def fit(
     accumulation_steps: int = 1,
     clip_norm: float | None = None,
     scaler: GradScaler | None = None,
+    streaming: bool = True,
     determinism_check: bool = False,
+    saver: Saver | None = None,
     history: History | None = None,
     show: Mapping[str, str] | None = None,
     log: bool = True,
 ) -> History:
     """Train ``model``: the same numbers under every ``schedule``.
+
+    Ctrl-C and SIGTERM are answered after the step that is under way (a second one at once), with a save if there is a
+    ``saver``.
 
     Args:
         training_data, test_data: (x, y), rows; accuracy on the test data is measured after each epoch.
@@ -92,15 +70,23 @@ def fit(
             window that is not full counts by its number of samples.
         clip_norm: scale the gradient down to this norm.
         scaler: scale the loss, and skip updates whose gradient overflows (see `npnet.precision`).
+        streaming: update each layer during the backward pass, so that all gradients are never alive together (without
+            ``clip_norm`` and ``scaler``); the first step is rehearsed, so that memory runs out before anything is
+            updated, if it does. False updates after it: whatever breaks off a step then leaves the model as it was.
         determinism_check: raise `npnet.checkpoint.NondeterministicLayer` if a recomputation gives other numbers; slow.
+        saver: saves the run every so many steps, and goes on with one that was saved (see `npnet.Saver`).
         history: to append to, so that it is there even when training is interrupted.
         show: more to say in the progress bar.
         log: show the progress bar.
 
     Raises:
-        ValueError: the data do not fit the model, hold NaN, or are fewer than a batch.
+        ValueError: the data do not fit the model, hold NaN, or are fewer than a batch; or the save is that of another
+            training.
         InfeasibleBudget: no schedule keeps to the budget.
-        TrainingDiverged: the loss is not finite, with the epoch and the step.
+        TrainingDiverged: the loss is not finite, with the epoch, the step, the layer, and the last good save.
+        OutOfMemory: memory ran out in a step, with what would take less.
+        FileExistsError, SaveError, OSError: see `npnet.Saver`.
+        KeyboardInterrupt, SystemExit: the signals.
     """
     from tqdm.auto import tqdm
 
@@ -108,8 +94,8 @@ def fit(
         if not isinstance(given, kind):
             raise TypeError(f"{name}: expected a {kind.__name__}, such as {_EXAMPLES[name]}, got {given!r}")
     history = History() if history is None else history
-    was_training = model.training
     epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
+    at_once = streaming and clip_norm is None and scaler is None
     if memory_budget is not None:
         if schedule != "none":
             raise ValueError("give schedule or memory_budget, not both")
@@ -120,7 +106,7 @@ def fit(
                 memory_budget=memory_budget,
                 loss=loss,
                 optimizer=optimizer,
-                streaming=clip_norm is None and scaler is None,
+                streaming=at_once,
                 accumulation_steps=accumulation_steps,
             ).schedule
     schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
@@ -134,49 +120,93 @@ def fit(
     if batch_size > len(x):
         raise ValueError(f"batch_size: {batch_size} is more than the {len(x)} training samples")
     window = batch_size * check_whole(accumulation_steps, "accumulation_steps", least=1)
-    first, rate, steps = len(history.epochs), optimizer.learning_rate, -(-len(x) // window)
-    for number in range(first, first + epochs):
-        losses: list[float] = []
-        seconds, score = 0.0, None
-        progress = tqdm(total=steps, desc=f"epoch {number + 1}", unit="step", disable=not log, mininterval=0.5)
-        try:
-            model.train()
-            micro_batches = batches(x, y, batch_size, generator, shuffle)
-            for position in range(0, len(x), window):
-                start = time.perf_counter()
-                if decay:
-                    optimizer.learning_rate = rate * (1 - ((number - first) * steps + len(losses)) / (epochs * steps))
-                losses.append(
-                    accumulated_step(
-                        model,
-                        loss,
-                        optimizer,
-                        schedule,
-                        itertools.islice(micro_batches, accumulation_steps),
-                        min(window, len(x) - position),
-                        clip_norm=clip_norm,
-                        scaler=scaler,
-                        determinism_check=determinism_check,
-                    )
+    steps = -(-len(x) // window)
+    step = partial(
+        accumulated_step,
+        model,
+        loss,
+        optimizer,
+        schedule,
+        clip_norm=clip_norm,
+        scaler=scaler,
+        streaming=streaming,
+        determinism_check=determinism_check,
+    )
+    conditions = {
+        "loss": type(loss).__name__,
+        "optimizer": {"kind": type(optimizer).__name__, **optimizer.config()},
+        "batch_size": batch_size,
+        "accumulation_steps": accumulation_steps,
+        "clip_norm": clip_norm,
+        "scaler": scaler is not None,
+        "order": [type(generator.bit_generator).__name__, shuffle],
+        "decay over epochs": epochs if decay else None,
+        "data": _fingerprint(x, y) if saver else None,
+    }
+    run = TrainingRun(
+        model, optimizer, scaler, generator, history, conditions, optimizer.learning_rate, len(history.epochs)
+    )
+    if saver is not None:
+        saver.begin(run)
+    with Interrupts() as interrupts:
+        if at_once and run.epoch < epochs:
+            few = x[:batch_size]
+            with _mode(model, training=True), explained(model, schedule, few, loss):
+                rehearse(
+                    model.layers,
+                    schedule,
+                    few,
+                    lambda layer: optimizer.prepare(layer.parameters()),
+                    accumulating=accumulation_steps > 1,
                 )
-                seconds += time.perf_counter() - start
-                if log:
-                    progress.set_postfix(_readings(losses, history.accuracy, show), refresh=False)
-                progress.update()
-            model.eval()
-            score = accuracy(model.predict, *test_data) if test_data is not None else None
-            progress.set_postfix(_readings(losses, score, show))
-        except TrainingDiverged as error:
-            raise TrainingDiverged(
-                f"epoch {number + 1}, step {min(len(losses) + 1, steps)} of {steps}: {error}"
-            ) from None
-        finally:
-            optimizer.learning_rate = rate
-            model.train(was_training)
-            progress.close()
-            if losses:
-                history.epochs.append(Epoch(number + 1, len(losses), statistics.fmean(losses), score, seconds))
+        while run.epoch < epochs:
+            run.begin_epoch()
+            done, score = len(run.losses), None
+            progress = tqdm(
+                total=steps,
+                initial=done,
+                desc=f"epoch {len(history.epochs) + 1}",
+                unit="step",
+                disable=not log,
+                mininterval=0.5,
+            )
+            try:
+                micro_batches = batches(x, y, batch_size, generator, shuffle, start=done * window)
+                with _mode(model, training=True):
+                    for position in range(done * window, len(x), window):
+                        start = time.perf_counter()
+                        if decay:
+                            past = run.epoch * steps + len(run.losses)
+                            optimizer.learning_rate = run.learning_rate * (1 - past / (epochs * steps))
+                        window_batches = itertools.islice(micro_batches, accumulation_steps)
+                        run.losses.append(step(window_batches, min(window, len(x) - position)))
+                        run.seconds += time.perf_counter() - start
+                        if log:
+                            progress.set_postfix(_readings(run.losses, history.accuracy, show), refresh=False)
+                        progress.update()
+                        if saver is not None:
+                            saver.step_done(run, ending=interrupts.pending is not None)
+                        interrupts.check()
+                with _mode(model, training=False):
+                    score = accuracy(model.predict, *test_data) if test_data is not None else None
+                progress.set_postfix(_readings(run.losses, score, show))
+            except TrainingDiverged as error:
+                at = f"epoch {len(history.epochs) + 1}, step {min(len(run.losses) + 1, steps)} of {steps}"
+                saved = f"; {saver.last}" if saver else ""
+                raise TrainingDiverged(f"{at}: {error}{saved}") from None
+            finally:
+                optimizer.learning_rate = run.learning_rate
+                progress.close()
+                run.end_epoch(score)
+        if saver is not None:
+            saver.save(run)
     return history
+
+
+def _fingerprint(x: Array, y: Array) -> list[Any]:
+    """What tells these data from others: shapes, and a hash of a thousand rows."""
+    stride = max(1, len(x) // 1000)
+    return [list(x.shape), list(y.shape), digest(x[::stride])[:8].hex(), digest(y[::stride])[:8].hex()]
 
 
 @contextmanager

@@ -27,7 +27,8 @@ class Kept(npnet.Optimizer):
     """Keeps the gradients instead of taking a step."""
 
     def __init__(self):
-        self.learning_rate, self.seen, self.updates = 0.1, {}, 0
+        super().__init__(0.1)
+        self.seen, self.updates = {}, 0
 
     def _update(self, parameter, gradient):
         self.seen[parameter] = gradient.copy()

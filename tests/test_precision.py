@@ -176,18 +176,27 @@ def test_what_cannot_be_is_refused(make, error, message):
 # The scaler.
 
 
+def velocities(optimizer):
+    return [state["velocity"].copy() for state in optimizer._state.values()]
+
+
 def scaled(gradients, scaler):
     """One step with each gradient; the scales, and the weights, after each."""
     parameter, optimizer = npnet.Parameter(np.zeros(2)), npnet.SGD(1.0, momentum=0.5)
     for gradient in gradients:
         parameter.gradient = np.array([gradient, 1.0]) * scaler.get_scale()
-        before = parameter.value.copy(), [array.copy() for array in optimizer._velocity.values()]
+        before = (
+            parameter.value.copy(),
+            [array.copy() for array in (state["velocity"] for state in optimizer._state.values())],
+        )
         done = scaler.step(optimizer, [parameter, npnet.Parameter(np.ones(1))])
         scaler.update()
         assert done == np.isfinite(gradient)
         assert parameter.gradient is None
         if not done:
-            assert same([parameter.value, *optimizer._velocity.values()], [before[0], *before[1]])
+            assert same(
+                [parameter.value, *(state["velocity"] for state in optimizer._state.values())], [before[0], *before[1]]
+            )
         yield scaler.get_scale(), parameter.value.tolist()
 
 

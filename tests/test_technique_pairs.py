@@ -22,9 +22,8 @@ SAMPLES, CUT = 1200, [0, 400, 800, 1200]
 class Kept(npnet.Optimizer):
     """Keeps the gradients, and updates nothing."""
 
-    learning_rate = 0.0
-
     def __init__(self):
+        super().__init__(0.0)
         self.seen = []
 
     def _update(self, parameter, gradient):

@@ -8,7 +8,8 @@ import pytest
 
 import npnet
 from npnet import schedules
-from npnet.training import Epoch, History, fit
+from npnet.run import Epoch, History
+from npnet.training import fit
 
 SIZES = [6, 8, 7, 8, 7, 8, 4]
 DEPTH = len(SIZES) - 1

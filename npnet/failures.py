@@ -1,0 +1,95 @@
+"""When a training step fails: found out before anything is updated, and explained."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from npnet.backend import Array, array_module
+from npnet.checkpoint import backpropagate
+from npnet.checks import is_finite
+from npnet.layer import Layer
+from npnet.losses import Loss, TrainingDiverged
+from npnet.memory import format_bytes
+from npnet.optimal import smallest_budget
+from npnet.planner import HasLayers, plan
+from npnet.plans import MOST_LAYERS
+from npnet.random import next_step, one_step
+from npnet.schedule import Schedule
+
+
+class OutOfMemory(MemoryError):
+    """Memory ran out in a training step; the message says what would take less."""
+
+
+def rehearse(
+    layers: Sequence[Layer],
+    schedule: Schedule,
+    x: Array,
+    prepare: Callable[[Layer], object] = lambda layer: None,
+    accumulating: bool = False,
+) -> None:
+    """Do all that a step does but the updates, so that memory runs out here, if it does.
+
+    Where layers are updated on the way back, a step that is broken off leaves some of them updated and others not.
+    Their old values cannot be kept for that case: that would take as much as updating them early saves.
+
+    Args:
+        prepare: called with each layer when its gradients are there: allocates what its update takes.
+        accumulating: gradients of other micro-batches are there, too.
+    """
+
+    def output_gradient(output: Array) -> Array:  # the loss comes before all updates, and need not be rehearsed
+        zeros: Array = array_module(output).zeros_like(output)
+        return zeros
+
+    def after_backward(layer: Layer) -> None:
+        prepare(layer)
+        for parameter in layer.parameters():
+            parameter.gradient = None
+
+    with one_step(next_step()):  # the number, and so the random numbers, of the step to come
+        if accumulating:
+            backpropagate(layers, schedule, x, output_gradient)
+        backpropagate(layers, schedule, x, output_gradient, after_backward=after_backward)
+
+
+@contextmanager
+def explained(network: HasLayers, schedule: Schedule, x: Array, loss: Loss | None = None) -> Iterator[None]:
+    """Add to what a step on ``x`` raises: the layer where the numbers diverged, or what would take less memory."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        raise TrainingDiverged(f"{error}; {first_not_finite(network.layers, x)}") from None
+    except OutOfMemory:
+        raise
+    except MemoryError as error:
+        raise OutOfMemory(_advice(error, network, schedule, x, loss)) from error
+
+
+def _advice(error: MemoryError, network: HasLayers, schedule: Schedule, x: Array, loss: Loss | None) -> str:
+    text = f"memory ran out in a step on a batch of {len(x)} under the schedule {schedule.name!r}"
+    text += f" ({error})" if str(error) else ""
+    try:
+        used = plan(network, len(x), strategy=schedule, loss=loss, features=x.shape[1])
+    except (NotImplementedError, TypeError, ValueError):  # what cannot be planned
+        return f"{text}; take a smaller batch"
+    text += f": it takes {format_bytes(used.peak_bytes)}, and what the optimizer keeps"
+    if used.chain.depth <= MOST_LAYERS:
+        least = smallest_budget(used.chain)[0] + used.chain.fixed
+        if least < 0.95 * used.peak_bytes:
+            text += f"; npnet.plan finds schedules for a memory_budget of {format_bytes(least)} and more"
+    return f"{text}; or take a smaller batch"
+
+
+def first_not_finite(layers: Sequence[Layer], x: Array) -> str:
+    """Where the numbers cease to be finite, for a message."""
+    with np.errstate(over="ignore", invalid="ignore"), one_step(next_step()):
+        for number, layer in enumerate(layers):
+            for name, parameter in layer.named_parameters().items():
+                if not is_finite(parameter.value):
+                    return f"{name} of layer {number}, {layer}, is the first that is not finite"
+            x = layer(x)
+            if not is_finite(x):
+                return f"the output of layer {number}, {layer}, is the first that is not finite"
+    return "the outputs of all layers are finite"

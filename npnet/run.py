@@ -1,0 +1,142 @@
+"""A training run: all that changes from step to step, so that it can be written down and gone on with."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from npnet.backend import Array
+from npnet.checks import check_number, check_whole
+from npnet.layers import Sequential
+from npnet.optimizers import Optimizer
+from npnet.precision import GradScaler
+from npnet.random import next_step, set_next_step
+from npnet.savable import as_json
+from npnet.storage import put
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the data: its steps' mean loss and time, and the accuracy on the test data after it."""
+
+    epoch: int
+    steps: int
+    loss: float
+    accuracy: float | None
+    seconds: float
+
+
+@dataclass
+class History:
+    """What happened in training, epoch by epoch. An epoch that was broken off is there, without accuracy."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training steps."""
+        return sum(epoch.seconds for epoch in self.epochs)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The last accuracy measured."""
+        return next((epoch.accuracy for epoch in reversed(self.epochs) if epoch.accuracy is not None), None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary per epoch, for tables and files."""
+        return [asdict(epoch) for epoch in self.epochs]
+
+
+@dataclass
+class TrainingRun:
+    """Where a training stands, between two steps."""
+
+    model: Sequential
+    optimizer: Optimizer
+    scaler: GradScaler | None
+    generator: np.random.Generator  # of the order of the samples
+    history: History
+    conditions: dict[str, Any]
+    """What else decides the numbers, as JSON: to go on, all of it must be as it was."""
+    learning_rate: float  # before any decay
+    epochs_before: int  # in the history when the run began
+    losses: list[float] = field(default_factory=list)  # of this epoch's steps
+    seconds: float = 0.0  # in these
+    stream: Any = None  # the generator's state when this epoch began
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+        return len(self.history.epochs) - self.epochs_before
+
+    def begin_epoch(self) -> None:
+        """From the start, or where the save was made."""
+        if self.losses:
+            self.generator.bit_generator.state = self.stream
+        else:
+            self.stream = self.generator.bit_generator.state
+
+    def end_epoch(self, accuracy: float | None) -> None:
+        """Put this epoch into the history."""
+        if self.losses:
+            number, loss = len(self.history.epochs) + 1, statistics.fmean(self.losses)
+            self.history.epochs.append(Epoch(number, len(self.losses), loss, accuracy, self.seconds))
+        self.losses, self.seconds = [], 0.0
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """The run as JSON, and its arrays by name, not copied."""
+        parameters = self.model.named_parameters()
+        said = {
+            "history": self.history.rows(),
+            "epochs_before": self.epochs_before,
+            "seconds": self.seconds,
+            "stream": as_json(self.stream if self.losses else self.generator.bit_generator.state, "generator"),
+            "next_step": next_step(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+        arrays = {name: parameter.value for name, parameter in parameters.items()}
+        arrays |= {f"optimizer/{name}": array for name, array in self.optimizer.state_dict(parameters).items()}
+        return said, arrays | {"run/losses": np.array(self.losses)}
+
+    def load(self, said: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError: it does not fit.
+        """
+        parameters, bits = self.model.named_parameters(), self.generator.bit_generator
+        history, before = [_epoch(row) for row in said["history"]], check_whole(said["epochs_before"], "epochs_before")
+        losses, seconds = arrays["run/losses"], check_number(said["seconds"], "seconds")
+        if before > len(history) or losses.ndim != 1 or losses.dtype != np.float64:
+            raise ValueError("the history contradicts itself")
+        remembered = {name.removeprefix("optimizer/"): each for name, each in arrays.items() if name.startswith("opt")}
+        with ExitStack() as undo:  # all of it, or nothing
+            undo.callback(setattr, bits, "state", bits.state)
+            bits.state = said["stream"]
+            undo.callback(set_next_step, next_step())
+            set_next_step(said["next_step"])
+            if self.scaler is not None:
+                undo.callback(self.scaler.load_state_dict, self.scaler.state_dict())
+                self.scaler.load_state_dict(said["scaler"])
+            undo.callback(self.optimizer.load_state_dict, self.optimizer.state_dict(parameters), parameters)
+            self.optimizer.load_state_dict(remembered, parameters)
+            put(parameters, {name: each for name, each in arrays.items() if "/" not in name})
+            undo.pop_all()
+        self.history.epochs[:], self.epochs_before = history, before
+        self.losses, self.seconds, self.stream = losses.tolist(), seconds, said["stream"]
+
+
+def _epoch(row: Mapping[str, Any]) -> Epoch:
+    """A row of `History.rows`, checked."""
+    score = row["accuracy"]
+    return Epoch(
+        check_whole(row["epoch"], "epoch"),
+        check_whole(row["steps"], "steps"),
+        check_number(row["loss"], "loss", least=-math.inf),
+        None if score is None else check_number(score, "accuracy"),
+        check_number(row["seconds"], "seconds"),
+    )

@@ -1,0 +1,100 @@
+"""What can be saved: a model that can say with which arguments it was made, and name its arrays."""
+
+import inspect
+import math
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from npnet.archive import write_archive
+from npnet.backend import Array
+
+NOT_SAVED = ("rng", "backend", "initializer")
+"""Arguments that say how a model begins, or where: not what it is."""
+
+
+class HasValue(Protocol):
+    """A `npnet.layer.Parameter`, as far as it matters here."""
+
+    value: Array
+
+
+class Savable:
+    """A model that `npnet.load` can make again, from a description that is JSON and from its arrays."""
+
+    def named_parameters(self) -> Mapping[str, HasValue]:
+        """All parameters by name."""
+        raise NotImplementedError(f"{type(self).__name__}.named_parameters")
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that make a model like this one, without its numbers.
+
+        By default the attributes that are called like the constructor's arguments (scikit-learn's convention). A class
+        of your own keeps to that, or writes this method.
+
+        Raises:
+            TypeError: an argument without default is not kept in an attribute of its name.
+        """
+        config: dict[str, Any] = {}
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            if name in NOT_SAVED:
+                continue
+            if hasattr(self, name):
+                config[name] = getattr(self, name)
+            elif parameter.default is parameter.empty:
+                raise TypeError(
+                    f"{type(self).__name__} cannot be saved: keep its argument {name!r} in an attribute of that name, "
+                    "or give it a method config() that returns the arguments to make it with"
+                )
+        return config
+
+    def description(self) -> dict[str, Any]:
+        """The class's name and `config`, as JSON.
+
+        Raises:
+            TypeError: an argument is nothing that JSON can hold.
+        """
+        kind = type(self).__name__
+        return {"kind": kind, "config": {name: as_json(each, f"{kind}.{name}") for name, each in self.config().items()}}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to ``path``: its architecture, dtype and arrays, and for a network its schedule.
+
+        Args:
+            path: a name that ends in .npz, or in .safetensors (extra ``safetensors``), which PyTorch reads, too: the
+                arrays are called as in `named_parameters`, "0.weight" and so on.
+
+        Raises:
+            OSError: it could not be written; what was there before is untouched, as after all of these.
+            TypeError: a layer of your own does not keep its arguments; see `config`.
+            ValueError: the name ends otherwise, or a parameter is infinite or NaN.
+            ImportError: .safetensors needs the package safetensors.
+        """
+        arrays = {name: parameter.value for name, parameter in self.named_parameters().items()}
+        write_archive(path, {"model": self.description()}, arrays)
+
+
+def as_json(value: Any, name: str) -> Any:
+    """``value`` in what JSON has; `npnet.storage` turns it back.
+
+    Raises:
+        TypeError: it cannot be.
+    """
+    if isinstance(value, Savable):
+        return value.description()
+    if isinstance(value, np.dtype):
+        return {"dtype": value.name}
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_json(each, f"{name}[{key!r}]") for key, each in value.items()}
+    if isinstance(value, (Sequence, np.ndarray)):
+        return [as_json(each, f"{name}[{index}]") for index, each in enumerate(value)]
+    raise TypeError(f"{name}: {value!r} cannot be saved; expected numbers, texts, lists or layers")

@@ -1,0 +1,131 @@
+"""Saving a training run while it goes on, and going on with one that was saved."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from npnet.archive import SaveError, check_name, read_archive, write_archive
+from npnet.checks import check_whole
+from npnet.losses import TrainingDiverged
+from npnet.run import TrainingRun
+
+
+class Saver:
+    """Saves a training run every so many steps, when it is interrupted, and at its end: give it to `npnet.fit`.
+
+    A save holds the weights, what the optimizer and the scaler remember, the random streams, the position within the
+    epoch and the history. A run that is broken off in any way, kill -9 included, and gone on with ends with the same
+    weights, bit for bit, as one that was not (on the same machine, with as many BLAS threads). A save is written whole
+    or not at all: see `npnet.files.replacing`. `npnet.load` gives its model.
+
+    Args:
+        path: a name that ends in .npz or .safetensors.
+        every: steps from save to save.
+        resume: go on from the save at ``path``, if there is one. Without, a file that is there already is refused,
+            so that no training is lost by starting another.
+        stop_on_error: end the training with the OSError when a save cannot be written. Otherwise that is a warning,
+            and the save before stays.
+        about: JSON to put into the save, for people and programs.
+
+    Raises:
+        TypeError, ValueError: ``every`` is not a whole number >= 1, or the name of the file ends otherwise.
+        FileExistsError: (when the training begins) there is a save, and not ``resume``.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        every: int = 100,
+        *,
+        resume: bool = False,
+        stop_on_error: bool = False,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_name(path)
+        self.path, self.every, self.resume = Path(path), check_whole(every, "every", least=1), resume
+        self.stop_on_error, self.about = stop_on_error, dict(about or {})
+        self.last = "nothing was saved yet"
+        self._taken = 0  # steps since the last save
+
+    def begin(self, run: TrainingRun) -> None:
+        """Go on from the save, if there is one and that was asked for.
+
+        Raises:
+            FileExistsError, SaveError, OSError: see `Saver` and `npnet.load`; the run is as it was.
+            ValueError: the save is that of another training; the message names what differs.
+        """
+        run.model.description()  # refuses what cannot be saved now, and not at the first save
+        if not self.path.exists():
+            return
+        if not self.resume:
+            raise FileExistsError(
+                f"{self.path} is the save of a training: go on with it (resume=True, --resume), remove it, or save to "
+                "another file"
+            )
+        description, arrays = read_archive(self.path)
+        said = description.get("run")
+        if not isinstance(said, dict) or not isinstance(said.get("conditions"), dict):
+            raise SaveError(f"{self.path}: a model without a training to go on with; npnet.load gives the model")
+        unlike = difference({"model": description["model"], **said["conditions"]}, self._conditions(run))
+        if unlike:
+            raise ValueError(f"{self.path} is the save of another training: {unlike}")
+        try:
+            run.load(said, arrays)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise SaveError(f"{self.path}: damaged, it contradicts itself ({type(error).__name__}: {error})") from error
+        self._note(run)
+
+    def _conditions(self, run: TrainingRun) -> dict[str, Any]:
+        dtypes = sorted({str(parameter.value.dtype) for parameter in run.model.parameters()})
+        return {"model": run.model.description(), "dtypes": dtypes, **run.conditions}
+
+    def step_done(self, run: TrainingRun, ending: bool = False) -> None:
+        """Save, if it is time to, or if the run is ending.
+
+        Raises:
+            TrainingDiverged: a parameter is not finite; the save before stays.
+            OSError: it could not be written, if ``stop_on_error``; the save before stays.
+        """
+        self._taken += 1
+        if ending or self._taken >= self.every:
+            self.save(run)
+
+    def save(self, run: TrainingRun) -> None:
+        """Save now. Raises as `step_done`."""
+        said, arrays = run.state()
+        conditions = self._conditions(run)
+        description = {"model": conditions.pop("model"), "run": {**said, "conditions": conditions}, "about": self.about}
+        try:
+            write_archive(self.path, description, arrays)
+        except ValueError as error:
+            raise TrainingDiverged(str(error)) from None
+        except OSError as error:
+            if self.stop_on_error:
+                raise
+            self._taken = 0
+            warnings.warn(f"{error}. Training goes on; {self.last}", RuntimeWarning, stacklevel=2)
+            return
+        self._note(run)
+
+    def _note(self, run: TrainingRun) -> None:
+        self._taken = 0
+        self.last = f"the last good save is {self.path}, epoch {len(run.history.epochs) + 1}, step {len(run.losses)}"
+
+
+def difference(saved: Any, given: Any, name: str = "") -> str:
+    """The first difference between two descriptions, in words; empty if there is none.
+
+    >>> difference({"epochs": 3, "sizes": [4, 2]}, {"epochs": 3, "sizes": [4, 3]})
+    'sizes[1] is 2 there, 3 here'
+    """
+    if isinstance(saved, dict) and isinstance(given, dict) and saved.keys() == given.keys():
+        parts = [(saved[key], given[key], f"{name}.{key}" if name else str(key)) for key in given]
+    elif isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given):
+        parts = [(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(saved, given, strict=True))]
+    else:
+        return "" if saved == given else f"{name} is {saved!r} there, {given!r} here"
+    return next(filter(None, (difference(*part) for part in parts)), "")

@@ -1,0 +1,134 @@
+"""Loading what was saved: models are made again from a description, without running anything that a file says."""
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+
+from npnet.activations import ACTIVATIONS
+from npnet.archive import SaveError, read_archive
+from npnet.backend import Array, backend_of, to_backend
+from npnet.blocks import GELU, Dropout, LayerNorm, Residual
+from npnet.checkpoint import Checkpoint
+from npnet.layer import Parameter
+from npnet.layers import Dense, Linear, Sequential
+from npnet.network import Network
+from npnet.network_with_checkpointing import NetworkWithCheckpointing
+from npnet.precision import HalfProducts, Stored, storage_dtype
+from npnet.savable import Savable
+from npnet.schedule import Schedule
+
+KINDS: dict[str, type[Savable]] = {
+    kind.__name__: kind
+    for kind in (
+        *ACTIVATIONS.values(),
+        *(Dense, Linear, Sequential, Dropout, LayerNorm, GELU, Residual, Checkpoint, Stored, HalfProducts),
+        *(Network, NetworkWithCheckpointing),
+    )
+}
+"""What a file may name: it is looked up here, never imported."""
+
+
+def load(path: str | os.PathLike[str], *, classes: Iterable[type[Savable]] = (), backend: str | None = None) -> Any:
+    """The model that was saved to ``path``, by its `save` or in training (`npnet.Saver`).
+
+    Args:
+        classes: layers and networks of your own that are in it.
+        backend: where its arrays shall live; the current backend by default.
+
+    Raises:
+        FileNotFoundError, OSError: there is no such file, or it cannot be read.
+        SaveError: it is truncated, damaged, from a newer version, not npnet's, or names a class that is neither
+            npnet's nor in ``classes``.
+    """
+    description, arrays = read_archive(path)
+    return model_of(path, description, arrays, classes, backend)
+
+
+def model_of(
+    path: str | os.PathLike[str],
+    description: Mapping[str, Any],
+    arrays: Mapping[str, Array],
+    classes: Iterable[type[Savable]] = (),
+    backend: str | None = None,
+) -> Savable:
+    """The model in a file that `npnet.archive.read_archive` has read.
+
+    Raises:
+        SaveError: as for `load`.
+    """
+    known = KINDS | {each.__name__: each for each in classes}
+    arrays = {name: array for name, array in arrays.items() if "/" not in name}  # the others are the optimizer's
+    try:
+        said = description["model"]
+        if _numbers_in(said) > sum(array.size for array in arrays.values()):
+            raise ValueError("it describes more parameters than it holds")
+        dtype = next((array.dtype for array in arrays.values()), np.dtype(np.float32))
+        model = _build(said, known, {"dtype": dtype, "backend": backend, "rng": 0, "initializer": "zeros"})
+        if not isinstance(model, Savable):
+            raise ValueError("it describes no model")
+        put(cast(Mapping[str, Parameter], model.named_parameters()), arrays)
+    except (SaveError, MemoryError):
+        raise
+    except Exception as error:  # whatever a constructor says of arguments that make no sense
+        raise SaveError(f"{path}: it does not describe a model ({type(error).__name__}: {error})") from error
+    return model
+
+
+def put(parameters: Mapping[str, Parameter], arrays: Mapping[str, Array]) -> None:
+    """Make ``arrays`` the parameters' values, as they are: their layout decides how products round.
+
+    Raises:
+        ValueError: names or shapes differ, or an array does not hold real numbers; nothing is changed.
+    """
+    differing = parameters.keys() ^ arrays.keys()
+    if differing:
+        raise ValueError(f"parameters {', '.join(sorted(differing))} are in the file or in the model, but not in both")
+    for name, parameter in parameters.items():
+        array, value = arrays[name], parameter.value
+        if array.shape != value.shape or array.dtype.kind != "f":
+            raise ValueError(f"{name}: the file has {array.dtype} {array.shape}, the model {value.dtype} {value.shape}")
+    for name, parameter in parameters.items():
+        parameter.value, parameter.lent = to_backend(arrays[name], backend_of(parameter.value).name), False
+
+
+def _numbers_in(said: Any) -> int:
+    """How many parameters a description makes, before any is made."""
+    if isinstance(said, list):
+        return sum(map(_numbers_in, said))
+    if not isinstance(said, dict):
+        return 0
+    config, kind = said.get("config"), said.get("kind")
+    count = sum(map(_numbers_in, said.values()))
+    if isinstance(kind, str) and issubclass(KINDS.get(kind, Savable), (Dense, LayerNorm, Network)):
+        assert isinstance(config, dict)
+        features = config.get("features", 0)
+        sizes = config.get("sizes") or [features or config["in_features"], 1 if features else config["out_features"]]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"sizes: expected whole numbers, got {sizes!r}")
+        count += sum(n * m + m for n, m in pairwise(sizes))
+    return count
+
+
+def _build(said: Any, known: Mapping[str, type[Savable]], defaults: Mapping[str, Any]) -> Any:
+    """What `npnet.savable.as_json` wrote, as it was: models, dtypes, schedules, and plain values."""
+    if isinstance(said, list):
+        return [_build(each, known, defaults) for each in said]
+    if not isinstance(said, dict):
+        return said
+    if said.keys() == {"dtype"}:
+        name = said["dtype"]
+        return np.dtype(name) if name in ("float32", "float64") else storage_dtype(name)
+    if said.keys() == {"actions", "depth", "name", "needs_saved"}:
+        return Schedule(**cast(dict[str, Any], said))
+    if said.keys() != {"kind", "config"}:
+        return {name: _build(each, known, defaults) for name, each in said.items()}
+    kind, config = said["kind"], {name: _build(each, known, defaults) for name, each in said["config"].items()}
+    if kind not in known:
+        raise SaveError(f"{kind!r} is no model of npnet's; if it is yours: npnet.load(path, classes=[{kind}])")
+    taken = inspect.signature(known[kind]).parameters
+    layers: list[Any] = next((config.pop(name) for name, each in taken.items() if each.kind is each.VAR_POSITIONAL), [])
+    return known[kind](*layers, **{name: each for name, each in defaults.items() if name in taken} | config)
