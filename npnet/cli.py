@@ -3,18 +3,17 @@
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import npnet
-from npnet import compare, datasets, mnist, schedules
+from npnet import compare, datasets, mnist
 from npnet.activations import ACTIVATIONS
 from npnet.archive import SaveError
+from npnet.arguments import argument, number, parse_arch, parse_checkpoints, parse_file, parse_out, whole
 from npnet.backend import BackendUnavailable, get_backend
-from npnet.checks import check_number, check_sizes, check_whole
 from npnet.device import compare_devices
 from npnet.failures import OutOfMemory
 from npnet.losses import LOSSES, TrainingDiverged
@@ -24,7 +23,6 @@ from npnet.plan_report import plan_report
 from npnet.plans import InfeasibleBudget
 from npnet.report import Table, describe_sizes, write_json
 from npnet.saver import Saver
-from npnet.schedules import ScheduleLike
 
 TRAIN_EXAMPLES = """\
 examples:
@@ -62,87 +60,6 @@ examples:
 """
 
 
-def parse_arch(text: str) -> tuple[int, ...]:
-    """Layer sizes from "784,30x4,10".
-
-    >>> parse_arch("784,30x2,10")
-    (784, 30, 30, 10)
-    """
-    sizes: list[int] = []
-    for part in text.split(","):
-        size, times, count = part.partition("x")
-        try:
-            repeats = int(count) if times else 1
-            sizes += [int(size)] * check_whole(repeats, part, least=1)
-        except ValueError:
-            raise ValueError(f"{text!r}: expected sizes such as 784,30x4,10, but {part!r} is none") from None
-    return tuple(check_sizes(sizes))
-
-
-def parse_checkpoints(text: str) -> ScheduleLike:
-    """What --checkpoint-every takes: a number of layers, "sqrt" or "revolve"."""
-    if text in schedules.MAKERS:
-        return text
-    try:
-        n = int(text)
-    except ValueError:
-        names = ", ".join(schedules.MAKERS)
-        raise ValueError(f"expected a whole number of layers (0: off), or one of {names}, got {text!r}") from None
-    check_whole(n, "the number of layers")
-    return lambda depth: schedules.every_nth(depth, n)
-
-
-def parse_out(text: str) -> Path:
-    """A folder that exists from now on and can be written: found out before the training, not after it."""
-    folder = Path(text)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to the folder {text}: {error.strerror or error}") from None
-    return folder
-
-
-def parse_file(text: str) -> Path:
-    """A file that can be written: its folder exists from now on."""
-    path = Path(text)
-    if path.is_dir():
-        raise ValueError(f"expected a file to write, {text} is a folder")
-    parse_out(str(path.parent))
-    return path
-
-
-def _type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """``parse`` as an argparse type, so that the message people read is its own."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except (TypeError, ValueError) as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def whole(name: str, least: int) -> Callable[[str], int]:
-    """Parses a whole number, at least ``least``."""
-    return lambda text: check_whole(_converted(int, text), name, least)
-
-
-def number(name: str) -> Callable[[str], float]:
-    """Parses a finite number, at least 0."""
-    return lambda text: check_number(_converted(float, text), name)
-
-
-def _converted(kind: Callable[[str], Any], text: str) -> Any:
-    """The number that ``text`` is, or the text, for the check to refuse."""
-    try:
-        return kind(text)
-    except ValueError:
-        return text
-
-
 def default(name: str) -> str:
     """What an option of train is without being given, for its help."""
     modern, classic = getattr(mnist.MODERN, name), getattr(mnist.CLASSIC, name)
@@ -175,36 +92,36 @@ def build_parser() -> argparse.ArgumentParser:
             "--classic", action="store_true", help="the lab exercise's set-up; options override parts of it"
         )
         sub.add_argument(
-            "--arch", type=_type(parse_arch), help=f"layer sizes, 128x20 for twenty of 128 {default('arch')}"
+            "--arch", type=argument(parse_arch), help=f"layer sizes, 128x20 for twenty of 128 {default('arch')}"
         )
         sub.add_argument("--activation", choices=ACTIVATIONS, help=f"of the hidden layers {default('activation')}")
         sub.add_argument("--loss", choices=LOSSES, help=default("loss"))
         sub.add_argument("--optimizer", choices=OPTIMIZERS, help=default("optimizer"))
         sub.add_argument(
-            "--batch-size", type=_type(whole("batch size", 1)), help=f"samples a step {default('batch_size')}"
+            "--batch-size", type=argument(whole("batch size", 1)), help=f"samples a step {default('batch_size')}"
         )
         sub.add_argument("--dtype", choices=["float32", "float64"], help=default("dtype"))
         strategy = sub.add_mutually_exclusive_group()
         strategy.add_argument(
-            "--checkpoint-every", "--every", type=_type(parse_checkpoints), default="sqrt", metavar="N",
+            "--checkpoint-every", "--every", type=argument(parse_checkpoints), default="sqrt", metavar="N",
             help="layers between checkpoints; 0: keep everything; sqrt (default): the depth's square root; revolve",
         )  # fmt: skip
         strategy.add_argument(
-            "--memory-budget", type=_type(parse_bytes), metavar="SIZE",
+            "--memory-budget", type=argument(parse_bytes), metavar="SIZE",
             help="bytes, 20MB or 20MiB: the cheapest schedule with which a step never takes more",
         )  # fmt: skip
     train.add_argument(
-        "--learning-rate", "--lr", "--eta", type=_type(number("the learning rate")), help=default("learning_rate")
+        "--learning-rate", "--lr", "--eta", type=argument(number("the learning rate")), help=default("learning_rate")
     )
     train.add_argument(
         "--decay", choices=["none", "linear"], help=f"linear: the learning rate falls to zero {default('decay')}"
     )
-    train.add_argument("--epochs", type=_type(whole("epochs", 1)), help=f"passes over the data {default('epochs')}")
+    train.add_argument("--epochs", type=argument(whole("epochs", 1)), help=f"passes over the data {default('epochs')}")
     train.add_argument("--backend", help="numpy or cupy (default: $NPNET_BACKEND, else numpy)")
-    train.add_argument("--samples", type=_type(whole("samples", 1)), help="train on the first SAMPLES images only")
+    train.add_argument("--samples", type=argument(whole("samples", 1)), help="train on the first SAMPLES images only")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
     train.add_argument(
-        "--save-every", type=_type(whole("steps", 1)), metavar="N",
+        "--save-every", type=argument(whole("steps", 1)), metavar="N",
         help="save the training to save.npz in --out every N steps (also when it is interrupted, and at its end)",
     )  # fmt: skip
     train.add_argument(
@@ -216,10 +133,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--measure", action="store_true", help="run steps on random data too, beside what is predicted")
     plan.add_argument(
-        "--plot", type=_type(parse_file), metavar="FILE", help="draw timelines and the trade-off (.png, .svg)"
+        "--plot", type=argument(parse_file), metavar="FILE", help="draw timelines and the trade-off (.png, .svg)"
     )
     plan.add_argument(
-        "--json", type=_type(parse_file), metavar="FILE", help="write the plan as JSON, timeline included"
+        "--json", type=argument(parse_file), metavar="FILE", help="write the plan as JSON, timeline included"
     )
     compare = command(
         "compare", run_compare, "The lab exercise's report: accuracy, time, memory, with and without checkpointing.",
@@ -227,15 +144,17 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.add_argument("--quick", action="store_true", help="a tenth of the data, and fewer rounds")
     for sub in (train, compare):
-        sub.add_argument("--seed", type=_type(whole("seed", 0)), help="of all random numbers (default 0)")
+        sub.add_argument("--seed", type=argument(whole("seed", 0)), help="of all random numbers (default 0)")
         sub.add_argument("--data", metavar="PATH", help="MNIST file or its folder (default: searched, see npnet data)")
-        sub.add_argument("--out", type=_type(parse_out), metavar="DIR", help="write results and pictures there")
+        sub.add_argument("--out", type=argument(parse_out), metavar="DIR", help="write results and pictures there")
     device = command(
         "device", run_device, "Create and multiply matrices on the CPU and on the GPU, and compare the times.",
         DEVICE_EXAMPLES,
     )  # fmt: skip
-    device.add_argument("--size", type=_type(whole("size", 1)), default=5000, help="rows and columns (default 5000)")
-    device.add_argument("--repeats", type=_type(whole("repeats", 1)), default=3, help="median of so many (default 3)")
+    device.add_argument("--size", type=argument(whole("size", 1)), default=5000, help="rows and columns (default 5000)")
+    device.add_argument(
+        "--repeats", type=argument(whole("repeats", 1)), default=3, help="median of so many (default 3)"
+    )
     data = command(
         "data", run_data, "Show, verify or fetch the MNIST file.",
         DATA_EXAMPLES,
@@ -268,8 +187,8 @@ def resumed_settings(options: argparse.Namespace, save: Path) -> mnist.Settings:
     for name, value in given.items():
         if name != "epochs" and getattr(saved, name) != value:
             raise ValueError(
-                f"--resume: {save} was saved with {name.replace('_', ' ')} {getattr(saved, name)}, not {value}; leave the "
-                "option out, or train anew in another --out"
+                f"--resume: {save} was saved with {name.replace('_', ' ')} {getattr(saved, name)}, not {value}; leave "
+                "the option out, or train anew in another --out"
             )
     return replace(saved, epochs=given.get("epochs", saved.epochs))
 
@@ -359,7 +278,7 @@ def run_data(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0, 1 for what went wrong on the way, 2 for bad arguments, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run one command. Exit codes: 0, 1 for what went wrong, 2 for bad arguments, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = build_parser()
     try:
         import argcomplete

@@ -22,6 +22,7 @@ from npnet.optimizers import OPTIMIZERS
 from npnet.planner import plan
 from npnet.report import Table, describe_sizes, write_json
 from npnet.run import History
+from npnet.saver import Saver
 from npnet.schedules import ScheduleLike
 from npnet.training import fit
 
@@ -96,8 +97,7 @@ def train(
 
     Raises:
         InfeasibleBudget: no schedule keeps to the budget.
-        TrainingDiverged, KeyboardInterrupt, SystemExit: (the latter for SIGTERM) after what was measured so far is printed
-            and written.
+        TrainingDiverged, KeyboardInterrupt, SystemExit: after what was measured so far is printed and written.
     """
     if settings.arch[0] != 784 or settings.arch[-1] != 10:
         raise ValueError(f"MNIST needs 784 inputs and 10 outputs, the network is {describe_sizes(settings.arch)}")

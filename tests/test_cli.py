@@ -12,7 +12,8 @@ import pytest
 
 import npnet
 from npnet import cli, datasets
-from npnet.cli import build_parser, parse_arch
+from npnet.arguments import parse_arch
+from npnet.cli import build_parser
 from tests.scenarios import fresh_registry as fresh_registry
 from tests.small_mnist import first_digits, random_digits, write
 

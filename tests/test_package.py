@@ -66,7 +66,7 @@ ORDER = [
         "animation",
         "plots",
     ),
-    *("compare", "mnist", "plan_report", "cli"),
+    *("compare", "mnist", "plan_report", "arguments", "cli"),
 ]
 """A file imports only from files before it in this list."""
 
