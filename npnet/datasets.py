@@ -185,8 +185,9 @@ def fetch_mnist(folder: str | os.PathLike[str] | None = None) -> Path:
                 if not _is_fetched(target / MNIST_FILE):  # by another process
                     fetched.replace(target / MNIST_FILE)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+        cause = str(_unwrapped(error, handled)).rstrip(".")
         raise OSError(
-            f"MNIST could not be fetched from {MNIST_URL} into {target}: {_unwrapped(error, handled)}. By hand: put "
+            f"MNIST could not be fetched from {MNIST_URL} into {target}: {cause}. By hand: put "
             "mnist.npz there (downloaded in a browser, or data/mnist.npz of the npnet repository), or anywhere and "
             "name its folder in the environment variable NPNET_DATA"
         ) from error
