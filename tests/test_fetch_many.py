@@ -4,6 +4,7 @@ Each process is a real one, and a server on this machine holds its answers back 
 small one that stands in for MNIST.
 """
 
+import gc
 import hashlib
 import http.server
 import json
@@ -97,6 +98,7 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
         monkeypatch.setattr(datasets, "MNIST_ARRAYS", digests(DIGITS))
         yield running
         running.shutdown()
+        gc.collect()  # pooch leaves the sockets of failed downloads to the collector: here, where that is ignored
 
 
 def start(folder: Path, first: str = "", **options: Any) -> subprocess.Popen[str]:
