@@ -114,13 +114,16 @@ def get_backend(name: str | None = None) -> Backend:
             backend = _loaders[name]()
         except BackendUnavailable as error:
             raise BackendUnavailable(f"{error}{source}") from error.__cause__
-        _loaded[name] = backend
+        backend = _loaded.setdefault(name, backend)  # the first, where two threads have loaded it at once
         _by_type[backend.array_type] = backend
     return _loaded[name]
 
 
 class use_backend:  # noqa: N801 - used as a function
     """Choose where new arrays live: ``use_backend("cupy")``, or for a while ``with use_backend("cupy"): ...``.
+
+    The choice is the whole process's, for all threads: where these need different backends, or choose while others
+    work, let each pass ``backend=`` to what it makes.
 
     Raises:
         ValueError, BackendUnavailable: as `get_backend`; the choice made before stays.
@@ -149,7 +152,7 @@ def available_backends() -> tuple[str, ...]:
     True
     """
     names = []
-    for name in _loaders:
+    for name in tuple(_loaders):
         try:
             get_backend(name)
         except BackendUnavailable:
@@ -167,7 +170,7 @@ def backend_of(x: Any) -> Backend:
     backend = _by_type.get(type(x))
     if backend is not None:
         return backend
-    for array_type, backend in _by_type.items():
+    for array_type, backend in tuple(_by_type.items()):  # another thread may load a backend meanwhile
         if isinstance(x, array_type):  # np.memmap and other subclasses
             return backend
     raise TypeError(f"expected an array of {', '.join(map(repr, _loaded))}, got {type(x).__name__}")
@@ -204,14 +207,20 @@ def to_host(x: Any) -> Array:
 @functools.lru_cache(maxsize=64)
 def scalar(xp: Any, value: float, dtype: np.dtype[Any]) -> Any:
     """``value`` as the operand that ``xp`` combines fastest with an array: NumPy saves a third on thin layers."""
-    return np.asarray(value, dtype) if xp is np else value
+    return _read_only(np.asarray(value, dtype)) if xp is np else value
 
 
 @functools.lru_cache(maxsize=8)
 def ones(xp: Any, length: int, dtype: np.dtype[Any]) -> Array:
     """A vector of ones, (length,), shared: on thin layers ``ones @ dz`` takes a third of ``dz.sum(axis=0)``."""
     vector: Array = xp.ones(length, dtype)
-    return vector
+    return _read_only(vector) if xp is np else vector
+
+
+def _read_only(array: Array) -> Array:
+    """The array, shared by all callers in all threads from now on."""
+    array.flags.writeable = False
+    return array
 
 
 get_backend("numpy")

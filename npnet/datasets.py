@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-import warnings
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,17 @@ def read_mnist(path: str | os.PathLike[str] | None = None) -> dict[str, npt.NDAr
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in MNIST_ARRAYS}
     except KeyError as error:
-        raise DataError(f"{file}: not an MNIST file ({error}); expected {', '.join(MNIST_ARRAYS)}; {_HOW}") from None
+        expected = ", ".join(MNIST_ARRAYS)
+        raise DataError(f"{file}: not an MNIST file ({error}); expected {expected}; delete it, and {_HOW}") from None
     except Exception as error:  # whatever zipfile, zlib and NumPy's header parser say of a damaged file
-        raise DataError(f"{file}: truncated, damaged or not an .npz file ({error}); {_HOW}") from error
+        raise DataError(f"{file}: truncated, damaged or not an .npz file ({error}); delete it, and {_HOW}") from error
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         images = x.dtype == np.uint8 and x.ndim == 3 and x.shape[1:] == (28, 28)
         if not (images and y.dtype == np.uint8 and y.shape == x.shape[:1] and y.max(initial=0) <= 9):
             raise DataError(
                 f"{file}: not an MNIST file: expected uint8 images (samples, 28, 28) and labels 0 to 9 in "
-                f"x_{part}, y_{part}, got {x.dtype} {x.shape} and {y.dtype} {y.shape}; {_HOW}"
+                f"x_{part}, y_{part}, got {x.dtype} {x.shape} and {y.dtype} {y.shape}; delete it, and {_HOW}"
             )
     return arrays
 
@@ -150,13 +152,16 @@ def verify_mnist(path: str | os.PathLike[str] | None = None) -> Path:
         if array.shape != shape or found != expected:
             raise DataError(
                 f"{file}: {name} is not MNIST's: shape {array.shape}, SHA-256 {found[:8]}..., expected {shape}, "
-                f"{expected[:8]}...; {_HOW}"
+                f"{expected[:8]}...; delete it, and {_HOW}"
             )
     return file
 
 
 def fetch_mnist(folder: str | os.PathLike[str] | None = None) -> Path:
-    """Download MNIST (11.5 MB) into ``folder``, by default the user's cache; the hash is checked.
+    """Download MNIST (11.5 MB) into ``folder``, by default the user's cache, unless it is there; the hash is checked.
+
+    Whoever looks there meanwhile sees no file or all of it, and any number of processes may fetch at once. A file that
+    is damaged is replaced.
 
     Raises:
         ImportError: the package pooch is missing.
@@ -167,14 +172,41 @@ def fetch_mnist(folder: str | os.PathLike[str] | None = None) -> Path:
     except ImportError as error:
         raise ImportError("downloading needs the package pooch: pip install 'npnet[data]'") from error
     target = Path(folder) if folder is not None else cache_folder()
+    handled = sys.exception()  # the caller's, if this is called in an except clause
     try:
-        pooch.retrieve(MNIST_URL, f"sha256:{MNIST_URL_SHA256}", fname=MNIST_FILE, path=target, progressbar=True)
+        if not _is_fetched(target / MNIST_FILE):
+            target.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f"{MNIST_FILE}.", dir=target) as own:
+                fetched = Path(own) / MNIST_FILE
+                pooch.retrieve(
+                    MNIST_URL, f"sha256:{MNIST_URL_SHA256}", fname=MNIST_FILE, path=Path(own), progressbar=True
+                )
+                fetched.chmod(0o644)  # pooch lets its owner alone read it
+                if not _is_fetched(target / MNIST_FILE):  # by another process
+                    fetched.replace(target / MNIST_FILE)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+        cause = str(_unwrapped(error, handled)).rstrip(".")
         raise OSError(
-            f"MNIST could not be fetched from {MNIST_URL} into {target}: {error}. By hand: put mnist.npz there, "
-            "or anywhere and name its folder in the environment variable NPNET_DATA"
+            f"MNIST could not be fetched from {MNIST_URL} into {target}: {cause}. By hand: put "
+            "mnist.npz there (downloaded in a browser, or data/mnist.npz of the npnet repository), or anywhere and "
+            "name its folder in the environment variable NPNET_DATA"
         ) from error
     return verify_mnist(target)
+
+
+def _unwrapped(error: BaseException, outermost: BaseException | None) -> BaseException:
+    """What the network library wrapped again and again: "[Errno 111] Connection refused" says it all."""
+    while type(error).__module__.startswith(("requests.", "urllib3.")):
+        inner = error.__cause__ or error.__context__
+        if inner is None or inner is outermost:
+            break
+        error = inner
+    return error
+
+
+def _is_fetched(file: Path) -> bool:
+    """The file is there, every byte as it was offered."""
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == MNIST_URL_SHA256
 
 
 def load_diabetes(
@@ -199,9 +231,9 @@ def load_diabetes(
     """
     file = _find(DIABETES_FILE, path, "diabetes", "copy data/diabetes.csv from the npnet repository")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a file without rows, which is refused below
-            table = np.loadtxt(file, delimiter=",", ndmin=2, encoding="utf-8")
+        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not np.loadtxt: to silence its warning of a file without rows would disturb other threads.
+        table = np.array([line.split(",") for line in lines if line.strip()], np.float64)
     except (ValueError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: damaged, or not a table of numbers ({error})") from error
     if table.shape != (768, 9) or not np.isin(table[:, 8], (0, 1)).all() or not np.isfinite(table).all():

@@ -1,6 +1,7 @@
 """What training steps cost, measured: time, peak bytes, and bytes action by action."""
 
 import copy
+import functools
 import statistics
 import time
 import tracemalloc
@@ -12,7 +13,7 @@ from npnet.checks import check_whole
 from npnet.layer import Layer, Parameter, Saved
 from npnet.layers import Sequential
 from npnet.losses import Loss
-from npnet.memory import measure_peak, measuring
+from npnet.memory import measuring, peak_of, tracing
 from npnet.optimizers import Optimizer
 from npnet.schedule import DROP, Schedule
 from npnet.step import train_step
@@ -45,6 +46,11 @@ def step_costs(
 ) -> list[StepCost]:
     """Measure training steps on copies of the model: median times, untraced, of ``rounds`` rounds in which every
     schedule takes one step, and the traced peak of building the copy and taking two steps.
+
+    Times mean little while other threads work, or while tracemalloc traces for you: that is not stopped.
+
+    Raises:
+        RuntimeError: another measurement is running.
     """
     plans, backend = list(schedules), backend_of(x).name
     rounds = check_whole(rounds, "rounds", least=1)
@@ -59,16 +65,17 @@ def step_costs(
         for _ in range(2):  # the optimizer allocates its state in the first
             train_step(own_model, loss, own_optimizer, plan, x, y)
 
-    peaks = [measure_peak(two_steps, plan, backend=backend).increase_bytes for plan in plans]
-    copies = [own_copy() for _ in plans]
     times: list[list[float]] = [[] for _ in plans]
-    for round_number in range(rounds + 1):
-        turns = list(zip(copies, plans, times, strict=True))
-        for (own_model, own_optimizer), plan, seconds in turns if round_number % 2 else reversed(turns):
-            start = time.perf_counter()
-            train_step(own_model, loss, own_optimizer, plan, x, y)
-            if round_number:  # the first is warming up
-                seconds.append(time.perf_counter() - start)
+    with measuring():  # to the end: tracing for somebody else's measurement would slow these steps down
+        peaks = [peak_of(functools.partial(two_steps, plan), backend).increase_bytes for plan in plans]
+        copies = [own_copy() for _ in plans]
+        for round_number in range(rounds + 1):
+            turns = list(zip(copies, plans, times, strict=True))
+            for (own_model, own_optimizer), plan, seconds in turns if round_number % 2 else reversed(turns):
+                start = time.perf_counter()
+                train_step(own_model, loss, own_optimizer, plan, x, y)
+                if round_number:  # the first is warming up
+                    seconds.append(time.perf_counter() - start)
     return [
         StepCost(
             plan.name,
@@ -91,19 +98,15 @@ def measure_timeline(
     before, in which the optimizer allocates that. On NumPy only. Trains the model by this one step.
 
     Raises:
-        RuntimeError: another measurement is running.
+        RuntimeError: as for `measure_peak`; what is said there of other threads holds here, too.
     """
-    with measuring():
-        tracemalloc.start()
-        try:
-            meter = _Meter()
-            last = len(model.layers) - 1
-            traced = Sequential(*(_Traced(layer, meter, number == last) for number, layer in enumerate(model.layers)))
-            meter.start()
-            train_step(traced, _TracedLoss(loss, meter), optimizer, schedule, x, y)
-            meter.note()
-        finally:
-            tracemalloc.stop()
+    with measuring(), tracing():
+        meter = _Meter()
+        last = len(model.layers) - 1
+        traced = Sequential(*(_Traced(layer, meter, number == last) for number, layer in enumerate(model.layers)))
+        meter.start()
+        train_step(traced, _TracedLoss(loss, meter), optimizer, schedule, x, y)
+        meter.note()
     samples = iter(meter.samples)
     result: list[int] = []
     alive = 0

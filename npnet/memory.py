@@ -49,6 +49,9 @@ class MemoryReport:
 def measure_peak(function: Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> MemoryReport:
     """Call ``function(*args, **kwargs)`` and report the peak of the bytes allocated meanwhile.
 
+    All of the process counts: what other threads allocate meanwhile cannot be told apart, so let none of them work.
+    If tracemalloc is tracing already, it goes on afterwards with what it knows, but the peak it has seen starts anew.
+
     Args:
         backend: "numpy" counts allocations on the host with tracemalloc, which sees NumPy's buffers exactly; "cupy"
             the bytes in use in the current device's memory pool (libraries' own workspace and the CUDA context are
@@ -56,11 +59,15 @@ def measure_peak(function: Callable[..., Any], *args: Any, backend: str | None =
 
     Raises:
         RuntimeError: another measurement is running, in this thread or another: each would count the other's bytes.
+            Or tracemalloc was stopped meanwhile.
     """
-    name = get_backend(backend).name
-    measure = _measure_cupy if name == "cupy" else _measure_tracemalloc
     with measuring():
-        return measure(lambda: function(*args, **kwargs))
+        return peak_of(lambda: function(*args, **kwargs), get_backend(backend).name)
+
+
+def peak_of(call: Callable[[], Any], backend: str) -> MemoryReport:
+    """As `measure_peak`, for whoever is `measuring` already."""
+    return _measure_cupy(call) if backend == "cupy" else _measure_tracemalloc(call)
 
 
 @contextmanager
@@ -78,19 +85,35 @@ def measuring() -> Iterator[None]:
         _measuring.release()
 
 
-def _measure_tracemalloc(call: Callable[[], Any]) -> MemoryReport:
-    gc.collect()
+@contextmanager
+def tracing() -> Iterator[None]:
+    """While it lasts, tracemalloc traces; what somebody else started is not stopped.
+
+    Raises:
+        RuntimeError: somebody stopped it meanwhile, and what it had counted is gone.
+    """
     was_tracing = tracemalloc.is_tracing()
     if not was_tracing:
         tracemalloc.start()
     try:
+        yield
+        if not tracemalloc.is_tracing():
+            raise RuntimeError(
+                "tracemalloc was stopped during the measurement, by what is measured or by another thread; measure "
+                "without that"
+            )
+    finally:
+        if not was_tracing:
+            tracemalloc.stop()
+
+
+def _measure_tracemalloc(call: Callable[[], Any]) -> MemoryReport:
+    gc.collect()
+    with tracing():
         tracemalloc.reset_peak()
         baseline = tracemalloc.get_traced_memory()[0]
         result = call()
         peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        if not was_tracing:
-            tracemalloc.stop()
     return MemoryReport(result, baseline, peak, "tracemalloc")
 
 

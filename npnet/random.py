@@ -57,6 +57,8 @@ def set_seed(seed: int) -> dict[str, int]:
     """Seed every source of random numbers: Python's ``random``, NumPy's global stream, npnet's own, CuPy's.
 
     From then on everything in this thread that takes ``rng=None`` draws from one stream, and steps are numbered from 0.
+    Other threads have steps of their own, and draw as before; but Python's and NumPy's streams (`npnet.Network` without
+    ``rng``) are the whole process's. A thread that does several trainings, as in a pool, calls this before each one.
     Hash randomization (the order of sets of strings) is fixed for child processes only: Python reads PYTHONHASHSEED
     when it starts.
 
