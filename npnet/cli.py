@@ -218,7 +218,6 @@ def run_train(options: argparse.Namespace) -> int:
         get_backend(options.backend),
         memory_budget=options.memory_budget,
         data=options.data,
-        samples=options.samples,
         out=options.out,
         saver=saver,
         log=not options.quiet,

@@ -42,6 +42,7 @@ class Settings:
     dtype: str
     exercise: bool = False
     seed: int = 0
+    samples: int | None = None  # the first so many only
 
     @classmethod
     def of_save(cls, path: Path) -> "Settings":
@@ -79,7 +80,6 @@ def train(
     *,
     memory_budget: float | str | None = None,
     data: str | None = None,
-    samples: int | None = None,
     out: Path | None = None,
     saver: Saver | None = None,
     log: bool = True,
@@ -90,7 +90,6 @@ def train(
         checkpoints: the schedule to train with; plain backpropagation is measured beside it.
         memory_budget: instead of it, bytes or "20 MB": the cheapest schedule for this budget is planned.
         data: MNIST's file or folder, if it is not to be searched.
-        samples: train on the first so many only.
         out: an existing folder, or None.
         saver: saves the training, and goes on with it (see `npnet.Saver`).
         log: show progress bars.
@@ -109,7 +108,7 @@ def train(
         for how, budget in (("none", None), (strategy, memory_budget))
     ]
     print("loading MNIST", flush=True)
-    training_data, test_data = _load(settings, backend, data, samples)
+    training_data, test_data = _load(settings, backend, data)
 
     title = f"{settings}, checkpoints: {plans[-1].schedule.name}"
     print(title, flush=True)
@@ -119,7 +118,7 @@ def train(
     predicted = {each.schedule: each.peak_bytes for each in plans}
     costs = step_costs(model, loss, optimizer, predicted, x, y)
 
-    history, outcome = History(), "finished"
+    history, outcome = History(), ""
     try:
         fit(
             model,
@@ -138,14 +137,19 @@ def train(
             show={"peak memory": format_bytes(costs[-1].peak_bytes)},
             log=log,
         )
+        outcome = "finished"
     except (KeyboardInterrupt, SystemExit):
         outcome = "interrupted"
         raise
     except TrainingDiverged as error:
         outcome = f"diverged: {error}"
         raise
+    except (OSError, MemoryError) as error:
+        outcome = f"failed: {error}" if history.epochs else ""
+        raise
     finally:
-        _report(settings, title, history, costs, list(predicted.values()), outcome, out, saver)
+        if outcome:  # else nothing was trained, and what is in ``out`` stays
+            _report(settings, title, history, costs, list(predicted.values()), outcome, out, saver)
 
 
 def build(settings: Settings, backend: Backend) -> Sequential:
@@ -159,9 +163,9 @@ def build(settings: Settings, backend: Backend) -> Sequential:
     )
 
 
-def _load(settings: Settings, backend: Backend, data: str | None, samples: int | None) -> tuple[Pair, Pair]:
+def _load(settings: Settings, backend: Backend, data: str | None) -> tuple[Pair, Pair]:
     (x, y), test_data = load_mnist(data, settings.dtype)
-    count = min(samples or len(x), len(x))
+    count = min(settings.samples or len(x), len(x))
     if settings.batch_size > count:
         raise ValueError(f"batch size {settings.batch_size} is more than the {count} training samples")
     if settings.exercise:

@@ -113,7 +113,7 @@ class Saver:
 
     def _note(self, run: TrainingRun) -> None:
         self._taken = 0
-        self.last = f"the last good save is {self.path}, epoch {len(run.history.epochs) + 1}, step {len(run.losses)}"
+        self.last = f"the last good save is {self.path}: {len(run.history.epochs)} epochs and {len(run.losses)} steps"
 
 
 def difference(saved: Any, given: Any, name: str = "") -> str:

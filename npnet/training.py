@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from npnet.backend import Array, backend_of
 from npnet.checkpoint import digest
@@ -140,8 +139,8 @@ def fit(
         "clip_norm": clip_norm,
         "scaler": scaler is not None,
         "order": [type(generator.bit_generator).__name__, shuffle],
-        "decay over epochs": epochs if decay else None,
-        "data": _fingerprint(x, y) if saver else None,
+        "epochs, while the learning rate falls": epochs if decay else None,
+        "training data": {"x": _fingerprint(x), "y": _fingerprint(y)} if saver else None,
     }
     run = TrainingRun(
         model, optimizer, scaler, generator, history, conditions, optimizer.learning_rate, len(history.epochs)
@@ -203,10 +202,9 @@ def fit(
     return history
 
 
-def _fingerprint(x: Array, y: Array) -> list[Any]:
-    """What tells these data from others: shapes, and a hash of a thousand rows."""
-    stride = max(1, len(x) // 1000)
-    return [list(x.shape), list(y.shape), digest(x[::stride])[:8].hex(), digest(y[::stride])[:8].hex()]
+def _fingerprint(array: Array) -> str:
+    """What tells these data from others: their shape, and a hash of a thousand rows."""
+    return f"{' x '.join(map(str, array.shape))}, hash {digest(array[:: max(1, len(array) // 1000)])[:8].hex()}"
 
 
 @contextmanager
