@@ -43,6 +43,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text``, UTF-8, all or nothing; raises as `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def _sync_folder(folder: Path) -> None:
     """Force the names in ``folder`` onto the disk; Windows cannot, and need not."""
     if os.name == "nt":

@@ -29,7 +29,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these trainings."""
-    monkeypatch.setattr(mnist, "save_training", lambda *_: None)
+    monkeypatch.setattr(mnist, "save_figure", lambda *_: None)
 
 
 def train(small: Path, *options: Any, out: Path | None = None, expected: int = 0) -> dict[str, Any]:
