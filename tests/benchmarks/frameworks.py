@@ -6,8 +6,8 @@
 The same mathematics in all, which is checked first: after three steps all have the same weights, but for rounding. In
 each round every contender takes a step (or several short ones) on the same batch, in changing order; a ratio is the
 median over rounds of npnet's time by the other's within the round, with its quartiles. Contenders whose packages are
-missing are left out (pip install 'npnet[bench]', torch, jax). --memory measures the resident memory of each in a process
-of its own.
+missing are left out (pip install 'npnet[bench]', torch, jax). --memory measures the resident memory of each in a
+process of its own.
 """
 
 import argparse
