@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.scaling [--threads 1] [--json FILE] [--plot FILE] [--quick]
 
-One size at a time is changed: the depth of layers of 30 at batch 100, the width of 8 layers at batch 100, the batch of 8
-layers of 30; float32, ReLU, cross-entropy, Adam. A point is the median of interleaved steps, beside the ratio of npnet's
-plain step to it. Memory is predicted (within 1 % of what is measured: tests/test_predicted_memory.py).
+One size at a time is changed: the depth of layers of 30 at batch 100, the width of 8 layers at batch 100, the batch
+of 8 layers of 30; float32, ReLU, cross-entropy, Adam. A point is the median of interleaved steps, beside the ratio of
+npnet's plain step to it. Memory is predicted (within 1 % of what is measured: tests/test_predicted_memory.py).
 """
 
 import argparse
