@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npnet.backend import get_backend
+from npnet.checks import check_callable, shown
 
 _measuring = threading.Lock()
 
@@ -57,6 +58,7 @@ def measure_peak(function: Callable[..., Any], *args: Any, backend: str | None =
     Raises:
         RuntimeError: another measurement is running, in this thread or another: each would count the other's bytes.
     """
+    check_callable(function, "function")
     name = get_backend(backend).name
     measure = _measure_cupy if name == "cupy" else _measure_tracemalloc
     with measuring():
@@ -127,6 +129,7 @@ def measure_rss_peak(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
         Exception: whatever the function raised.
         RuntimeError: the process died.
     """
+    check_callable(function, "function")
     try:
         import cloudpickle as pickler
     except ImportError:
@@ -227,12 +230,13 @@ def parse_bytes(size: float | str, name: str = "memory_budget") -> int:
     """
     expected = f'{name}: expected bytes, or a size such as "20 MB" or "20 MiB"'
     if isinstance(size, bool) or not isinstance(size, (str, numbers.Real)):
-        raise TypeError(f"{expected}, got {size!r}")
-    parts = re.fullmatch(r"\s*(\S*?)\s*([a-zA-Z]*)\s*", str(size))
+        raise TypeError(f"{expected}, got {shown(size)}")
+    text = size if isinstance(size, str) else shown(int(size) if isinstance(size, numbers.Integral) else float(size))
+    parts = re.fullmatch(r"\s*(\S*?)\s*([a-zA-Z]*)\s*", text)
     try:
         count = float(parts[1]) * _UNITS[parts[2].lower()] if parts else 0.0
     except (KeyError, ValueError):
         count = 0.0
     if not 1 <= count < math.inf:
-        raise ValueError(f"{expected}, at least one byte, got {size!r}")
+        raise ValueError(f"{expected}, at least one byte, got {shown(size)}")
     return int(count)

@@ -11,9 +11,24 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from npnet.backend import Array, array_module
-from npnet.checks import check_number
+from npnet.checks import check_kind, check_number
 from npnet.layer import Parameter
 from npnet.losses import check_finite
+
+
+def check_parameters(parameters: Iterable[Parameter]) -> list[Parameter]:
+    """``parameters`` as a list.
+
+    Raises:
+        TypeError: they are not parameters.
+    """
+    try:
+        given = list(parameters)
+    except TypeError:
+        given = [parameters]  # type: ignore[list-item]
+    for each in given:
+        check_kind(each, Parameter, "parameters", "those that model.parameters() gives")
+    return given
 
 
 class Optimizer:
@@ -24,16 +39,20 @@ class Optimizer:
 
     def step(self, parameters: Iterable[Parameter]) -> None:
         """Update every parameter that has a gradient, and set the gradient to None."""
-        for parameter in parameters:
-            if parameter.gradient is not None:
-                if self.weight_decay:
-                    parameter.gradient += parameter.value * self.weight_decay
-                self._update(parameter, parameter.gradient)
-                parameter.gradient = None
+        try:
+            for parameter in parameters:
+                if parameter.gradient is not None:
+                    if self.weight_decay:
+                        parameter.gradient += parameter.value * self.weight_decay
+                    self._update(parameter, parameter.gradient)
+                    parameter.gradient = None
+        except (AttributeError, TypeError):
+            check_parameters(parameters)  # the reason, most likely
+            raise
 
     def zero_grad(self, parameters: Iterable[Parameter]) -> None:
         """Forget the gradients, before new ones are added up."""
-        for parameter in parameters:
+        for parameter in check_parameters(parameters):
             parameter.gradient = None
 
     @property
@@ -135,7 +154,8 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     Raises:
         TrainingDiverged: it is not finite.
     """
-    max_norm, gradients = check_number(max_norm, "max_norm"), [p.gradient for p in parameters if p.gradient is not None]
+    max_norm, given = check_number(max_norm, "max_norm"), check_parameters(parameters)
+    gradients = [each.gradient for each in given if each.gradient is not None]
     squares = 0.0
     for gradient in gradients:
         flat = gradient.ravel(order="K")

@@ -1,9 +1,11 @@
 """One training step: gradients of one batch, or of several added up, and the update."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from npnet.backend import Array
 from npnet.checkpoint import backpropagate, clear_gradients
+from npnet.checks import check_kind, check_number, check_whole, shown
 from npnet.layer import Layer, Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, check_finite
@@ -15,8 +17,14 @@ from npnet.schedules import ScheduleLike, as_schedule
 
 
 def chain(model: Layer) -> Sequence[Layer]:
-    """The layers that a schedule runs over: those of a `Sequential`, else the model as a single one."""
-    return model.layers if isinstance(model, Sequential) else [model]
+    """The layers that a schedule runs over: those of a `Sequential`, else the model as a single one.
+
+    Raises:
+        TypeError: not a layer.
+    """
+    if isinstance(model, Sequential):
+        return model.layers
+    return [check_kind(model, Layer, "model", "mlp([784, 30, 10])")]
 
 
 def add_gradients(
@@ -44,7 +52,8 @@ def add_gradients(
     Raises:
         TrainingDiverged: the loss is not finite; all gradients are cleared.
     """
-    layers = chain(model)
+    layers, weight = chain(model), check_number(weight, "weight", least=-math.inf)
+    check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()")
     value = 0.0
 
     def output_gradient(output: Array) -> Array:
@@ -73,7 +82,7 @@ def value_and_grad(
 
     Args, raises: as for `add_gradients`.
     """
-    clear_gradients([model])
+    clear_gradients(chain(model))
     value = add_gradients(model, loss, x, y, schedule=schedule, determinism_check=determinism_check)
     return value, {name: parameter.take_gradient() for name, parameter in model.named_parameters().items()}
 
@@ -89,7 +98,19 @@ def train_step(
     clip_norm: float | None = None,
 ) -> float:
     """Forward, backward and update on one batch: `accumulated_step` with a single micro-batch."""
-    return accumulated_step(model, loss, optimizer, schedule, [(x, y)], len(x), clip_norm=clip_norm)
+    return accumulated_step(model, loss, optimizer, schedule, [(x, y)], rows_of(x, "x"), clip_norm=clip_norm)
+
+
+def rows_of(array: Array, name: str) -> int:
+    """How many rows a batch has.
+
+    Raises:
+        TypeError: it is no array with rows.
+    """
+    try:
+        return len(array)
+    except TypeError:
+        raise TypeError(f"{name}: expected an array, (batch, features), got {shown(array)}") from None
 
 
 def accumulated_step(
@@ -123,14 +144,16 @@ def accumulated_step(
         TrainingDiverged: the loss is not finite; nothing was updated.
         ValueError: the micro-batches end before, or in the middle of one; nothing was updated.
     """
-    clear_gradients([model])
+    clear_gradients(chain(model))
+    check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
+    samples = check_whole(samples, "samples")
     value, seen = 0.0, 0
-    scale = 1.0 if scaler is None else scaler.get_scale()
+    scale = 1.0 if scaler is None else check_kind(scaler, GradScaler, "scaler", "GradScaler()").get_scale()
     try:
-        for x, y in micro_batches:
-            seen += len(x)
+        for x, y in _pairs(micro_batches):
+            seen += rows_of(x, "micro_batches: x")
             last = seen == samples and clip_norm is None and scaler is None
-            if seen > samples:
+            if seen > samples or not samples:
                 break
             value += add_gradients(
                 model,
@@ -144,7 +167,7 @@ def accumulated_step(
             )
             if seen == samples:
                 break
-        if seen != samples:
+        if seen != samples or not samples:
             raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")
         if scaler is not None or clip_norm is not None:
             parameters = model.parameters()
@@ -162,6 +185,22 @@ def accumulated_step(
         if scaler is not None:
             scaler.update()
     return value / scale
+
+
+def _pairs(micro_batches: Iterable[Pair]) -> Iterator[Pair]:
+    """The pairs, one by one.
+
+    Raises:
+        TypeError: they are not pairs.
+    """
+    try:
+        given = iter(micro_batches)
+    except TypeError:
+        raise TypeError(f"micro_batches: expected pairs (x, y), got {shown(micro_batches)}") from None
+    for pair in given:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"micro_batches: expected pairs (x, y), got {shown(pair)}")
+        yield pair[0], pair[1]
 
 
 def lazy_gradient(
@@ -189,6 +228,9 @@ def lazy_gradient(
     Raises:
         TrainingDiverged: the loss is not finite; all gradients are cleared.
     """
+    for name, half in (("before", before), ("after", after)):
+        check_kind(half, Sequential, name, "mlp([784, 30])")
+    check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()")
     value = 0.0
 
     def output_gradient(output: Array) -> Array:

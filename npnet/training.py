@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from npnet.backend import backend_of
-from npnet.checks import check_no_nan, check_one_hot, check_pairs, check_whole
+from npnet.checks import check_flag, check_kind, check_no_nan, check_number, check_one_hot, check_pairs, check_whole
 from npnet.datasets import batches
 from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
@@ -104,14 +104,24 @@ def fit(
     """
     from tqdm.auto import tqdm
 
-    for name, given, kind in (("model", model, Sequential), ("loss", loss, Loss), ("optimizer", optimizer, Optimizer)):
-        if not isinstance(given, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__}, such as {_EXAMPLES[name]}, got {given!r}")
-    history = History() if history is None else history
+    check_kind(model, Sequential, "model", "mlp([784, 30, 10])")
+    check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()")
+    check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
+    flags = {"shuffle": shuffle, "decay": decay, "determinism_check": determinism_check, "log": log}
+    for name, flag in flags.items():
+        check_flag(flag, name)
+    if scaler is not None:
+        check_kind(scaler, GradScaler, "scaler", "GradScaler()")
+    if clip_norm is not None:
+        clip_norm = check_number(clip_norm, "clip_norm")
+    history = History() if history is None else check_kind(history, History, "history", "History()")
+    if show is not None:
+        for text in check_kind(show, Mapping, "show", "{'peak': '8 MB'}").values():  # type: ignore[type-abstract]
+            check_kind(text, str, "show", "'8 MB'")
     was_training = model.training
     epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
     if memory_budget is not None:
-        if schedule != "none":
+        if not (isinstance(schedule, str) and schedule == "none"):
             raise ValueError("give schedule or memory_budget, not both")
         with _mode(model, training=True):
             schedule = plan(
@@ -196,9 +206,6 @@ def _readings(losses: list[float], score: float | None, show: Mapping[str, str] 
     return {"loss": f"{statistics.fmean(losses[-100:]):.4f}", "test accuracy": accuracy, **(show or {})}
 
 
-_EXAMPLES = {"model": "mlp([784, 30, 10])", "loss": "SoftmaxCrossEntropy()", "optimizer": "Adam(1e-3)"}
-
-
 def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair) -> None:
     """Refuse data that do not fit, by running one row through the model."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -209,8 +216,8 @@ def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair) -> None:
         raise ValueError(f"{name}: expected x of shape (samples, features), got {x.shape}")
     check_pairs(x, y, f"{name}: ")
     output = model.predict(x[:1])
+    check_no_nan(y, f"{name}: y")
     loss.check_targets(y, output.shape[1])
     if y.dtype != output.dtype:
         raise TypeError(f"{name}: y has dtype {y.dtype}, the network {output.dtype}; convert with y.astype")
     check_no_nan(x, f"{name}: x")
-    check_no_nan(y, f"{name}: y")
