@@ -47,7 +47,18 @@ ORDER = [
         "network",
         "network_with_checkpointing",
     ),
-    *("datasets", "training", "measuring", "report", "summary", "device", "drawing", "animation", "plots"),
+    *(
+        "datasets",
+        "training",
+        "measuring",
+        "report",
+        "summary",
+        "device",
+        "plot_checks",
+        "drawing",
+        "animation",
+        "plots",
+    ),
     *("compare", "mnist", "plan_report", "cli"),
 ]
 """A file imports only from files before it in this list."""
