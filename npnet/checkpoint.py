@@ -63,9 +63,10 @@ def backpropagate(
     """
     check_kind(schedule, Schedule, "schedule", "npnet.schedules.every_nth(depth, n)")
     check_callable(output_gradient, "output_gradient")
-    for name, function in (("after_backward", after_backward), ("restore", restore)):
-        if function is not None:
-            check_callable(function, name)
+    if after_backward is not None:
+        check_callable(after_backward, "after_backward")
+    if restore is not None:
+        check_callable(restore, "restore")
     needs_dx, determinism_check = check_flag(needs_dx, "needs_dx"), check_flag(determinism_check, "determinism_check")
     try:
         if schedule.depth != len(layers):

@@ -48,7 +48,9 @@ def check_flag(value: Any, name: str) -> bool:
     Raises:
         TypeError: neither True nor False (nor 1 or 0).
     """
-    if not isinstance(value, (bool, np.bool_)) and not (type(value) is int and value in (0, 1)):
+    if value is True or value is False:
+        return value
+    if not isinstance(value, np.bool_) and not (type(value) is int and value in (0, 1)):
         raise TypeError(f"{name}: expected True or False, got {shown(value)}")
     return bool(value)
 
@@ -156,6 +158,8 @@ def check_array(array: Any, backend: Backend, dtype: np.dtype[Any], name: str) -
     Raises:
         TypeError: it lives on another backend, or does not hold real numbers.
     """
+    if type(array) is backend.array_type and array.dtype == dtype:  # type: ignore[attr-defined]
+        return array  # type: ignore[return-value] # the usual case: a training step asks this, too
     if not isinstance(array, backend.array_type):
         try:
             other = backend_of(array).name

@@ -130,7 +130,8 @@ def second_order_step(
     found = gradient_norm_gradient(model, loss, x, y, schedule=schedule)
     for name, parameter in model.named_parameters().items():
         weight = parameter.writable()
-        weight -= alpha * found.gradient[name] + beta * found.product[name]
+        with np.errstate(over="ignore", invalid="ignore"):  # found in the next step's loss
+            weight -= alpha * found.gradient[name] + beta * found.product[name]
     return found.value
 
 

@@ -116,8 +116,9 @@ def fit(
         clip_norm = check_number(clip_norm, "clip_norm")
     history = History() if history is None else check_kind(history, History, "history", "History()")
     if show is not None:
-        for text in check_kind(show, Mapping, "show", "{'peak': '8 MB'}").values():  # type: ignore[type-abstract]
-            check_kind(text, str, "show", "'8 MB'")
+        for pair in check_kind(show, Mapping, "show", "{'peak': '8 MB'}").items():  # type: ignore[type-abstract]
+            for text in pair:
+                check_kind(text, str, "show", "'8 MB'")
     was_training = model.training
     epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
     if memory_budget is not None:
@@ -135,15 +136,16 @@ def fit(
             ).schedule
     schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
     with _mode(model, training=False):
-        for name, pair in (("training data", training_data), ("test data", test_data)):
-            if pair is not None:
-                _check_data(model, loss, name, pair)
+        _check_data(model, loss, "training data", training_data)
+        if test_data is not None:
+            _check_data(model, loss, "test data", test_data)
     if test_data is not None:
         check_one_hot(test_data[1], "test data: y")
     x, y = training_data
     if batch_size > len(x):
         raise ValueError(f"batch_size: {batch_size} is more than the {len(x)} training samples")
-    window = batch_size * check_whole(accumulation_steps, "accumulation_steps", least=1)
+    accumulation_steps = check_whole(accumulation_steps, "accumulation_steps", least=1)
+    window = batch_size * accumulation_steps
     first, rate, steps = len(history.epochs), optimizer.learning_rate, -(-len(x) // window)
     for number in range(first, first + epochs):
         losses: list[float] = []
