@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import npnet
+from npnet.schedules import every_nth
 from tests import api_layers, api_rest, api_training  # noqa: F401 - they fill the table
-from tests.api_calls import CALLS, X
-from tests.hostile import hostile
+from tests.api_calls import CALLS, LOSS, MODEL, X64, X, Y
+from tests.hostile import arrays_like, hostile
 from tests.outcomes import agree, attempt, faithful, plain
 
 EFFORT = float(os.environ.get("NPNET_FUZZ", "0"))
@@ -80,6 +81,36 @@ def test_hostile_arguments_have_an_answer_or_an_explanation(name):
             assert agree(answer, again), f"{answer!r}, but {again!r} for the same numbers in plain arrays"
 
     check()
+
+
+def outcome(function, **args):
+    """The answer, or the kind of the error."""
+    answer = attempt(function, args)
+    return type(answer) if isinstance(answer, Exception) else answer
+
+
+@settings(max_examples=round(100 * (EFFORT or 1)), derandomize=not EFFORT, database=None, deadline=5000)
+@given(arrays_like(X), arrays_like(Y), st.sampled_from(["sqrt", "revolve", lambda depth: every_nth(depth, 2)]))
+def test_a_schedule_changes_no_bit_whatever_the_arrays(x, y, schedule):
+    """Nor what is refused."""
+    once = outcome(lambda x, y: npnet.value_and_grad(MODEL, LOSS, x, y), x=x, y=y)
+    again = outcome(lambda x, y: npnet.value_and_grad(MODEL, LOSS, x, y, schedule=schedule), x=x, y=y)
+    if isinstance(once, type):
+        assert once is again
+    else:
+        assert once[0] == again[0]
+        assert all(np.array_equal(once[1][name], again[1][name], equal_nan=True) for name in once[1])
+
+
+@settings(max_examples=round(100 * (EFFORT or 1)), derandomize=not EFFORT, database=None, deadline=5000)
+@given(arrays_like(X64))
+def test_a_network_takes_real_numbers_of_every_dtype_as_floats(x):
+    network = npnet.Network([3, 4, 2], rng=0)
+    found = outcome(network.feedforward, a=x)
+    if not isinstance(found, type):
+        with np.errstate(all="ignore"):
+            copied = np.asarray(x).astype(np.float64, order="C")
+        assert agree(found, network.feedforward(copied))
 
 
 # Nothing public is left out.
