@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from npnet.backend import Array, array_module, scalar
+from npnet.checks import shown
 from npnet.initializers import Initializer, kaiming_normal, xavier_normal
-from npnet.layer import Layer, LayerCost, Saved
+from npnet.layer import Layer, LayerCost, Saved, ShapeError
 
 
 class Activation(Layer):
@@ -33,6 +34,7 @@ class Activation(Layer):
         return LayerCost(shape, bytes_, 0, 0, 0, slope, forward * size, backward * size, in_place=True)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
+        self.check_input(x)
         y = x.copy()
         self.forward_(y)
         return y, (x, y)
@@ -137,6 +139,11 @@ class Softmax(Activation):
     flops = (5, 4)
     slope_arrays = 0
 
+    def check_input(self, x: Array) -> None:
+        super().check_input(x)
+        if x.ndim != 2 or not x.shape[1]:
+            raise ShapeError(f"{self}: expected rows of shape (batch, features), got {x.shape}")
+
     def forward_(self, z: Array, bias: Array | None = None) -> None:
         _add_(z, bias)
         xp = array_module(z)
@@ -171,5 +178,5 @@ def as_activation(activation: str | Activation) -> Activation:
     if isinstance(activation, Activation):
         return activation
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS))}")
+        raise ValueError(f"unknown activation {shown(activation)}; choose one of {', '.join(map(repr, ACTIVATIONS))}")
     return ACTIVATIONS[activation]()

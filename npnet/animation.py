@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from npnet.checks import check_number
-from npnet.drawing import BLUE, MAKE_PLAN, axes_or_new, bytes_alive_axis, check_type, draw_budget
+from npnet.drawing import BLUE, MAKE_PLAN, axes_or_new, bytes_alive_axis, draw_budget
 from npnet.files import write_text
 from npnet.memory import format_bytes
 from npnet.plans import Plan
+from npnet.plot_checks import check_type
 from npnet.schedule import BACKWARD, DROP, FORWARD, Action, Schedule
 
 if TYPE_CHECKING:
@@ -232,6 +233,8 @@ def save_animation(animation: "FuncAnimation", path: Path | str) -> None:
     from matplotlib.animation import FuncAnimation
 
     check_type(animation, FuncAnimation, "animation", "as animate_schedule gives it")
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path: expected a file name that ends in .gif or .html, got {type(path).__name__}")
     path = Path(path)
     if path.suffix.lower() == ".gif":
         animation.save(path, writer="pillow")

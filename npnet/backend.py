@@ -10,6 +10,7 @@ Two rules keep the rest of the package free of the question.
 
 import functools
 import os
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -82,7 +83,15 @@ _current: str | None = None  # None: not chosen yet, NPNET_BACKEND decides
 
 
 def register_backend(name: str, load: Callable[[], Backend]) -> None:
-    """Make ``name`` a backend; ``load()`` builds it when it is first asked for."""
+    """Make ``name`` a backend; ``load()`` builds it when it is first asked for.
+
+    Raises:
+        TypeError: ``name`` is not a text, or ``load`` not a function.
+    """
+    if not (isinstance(name, str) and callable(load)):
+        raise TypeError(
+            f"register_backend: expected a name and a function, got {type(name).__name__} and {type(load).__name__}"
+        )
     _loaders[name] = load
     replaced = _loaded.pop(name, None)
     if replaced is not None:
@@ -108,12 +117,16 @@ def get_backend(name: str | None = None) -> Backend:
         name = os.environ.get("NPNET_BACKEND") or "numpy"
         source = " (chosen by the environment variable NPNET_BACKEND)"
     if not isinstance(name, str) or name not in _loaders:
-        raise ValueError(f"unknown backend {name!r}{source}; choose one of {', '.join(map(repr, _loaders))}")
+        raise ValueError(
+            f"unknown backend {reprlib.repr(name)}{source}; choose one of {', '.join(map(repr, _loaders))}"
+        )
     if name not in _loaded:
         try:
             backend = _loaders[name]()
         except BackendUnavailable as error:
             raise BackendUnavailable(f"{error}{source}") from error.__cause__
+        if not isinstance(backend, Backend):
+            raise TypeError(f"backend {name!r}: its load() must return a Backend, got {type(backend).__name__}")
         backend = _loaded.setdefault(name, backend)  # the first, where two threads have loaded it at once
         _by_type[backend.array_type] = backend
     return _loaded[name]
@@ -172,6 +185,10 @@ def backend_of(x: Any) -> Backend:
         return backend
     for array_type, backend in tuple(_by_type.items()):  # another thread may load a backend meanwhile
         if isinstance(x, array_type):  # np.memmap and other subclasses
+            if isinstance(x, (np.matrix, np.ma.MaskedArray)):  # whose arithmetic is another
+                raise TypeError(
+                    f"expected a plain array, got a {type(x).__name__}; convert with numpy.asarray or .filled"
+                )
             return backend
     raise TypeError(f"expected an array of {', '.join(map(repr, _loaded))}, got {type(x).__name__}")
 
@@ -200,7 +217,10 @@ def to_host(x: Any) -> Array:
     try:
         backend = backend_of(x)
     except TypeError:  # numbers, lists, whatever NumPy makes an array of
-        return np.asarray(x)
+        try:
+            return np.asarray(x)
+        except ValueError:
+            raise TypeError(f"expected an array, got a ragged {type(x).__name__}") from None
     return backend.to_host(x)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npnet.backend import Array, array_module, backend_of, ones, to_backend
-from npnet.checks import check_float, check_number, check_whole
+from npnet.checks import check_float, check_number, check_room, check_whole, shown
 from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError
 from npnet.random import RNG, as_generator, current_step, draws
 
@@ -36,6 +36,7 @@ class Dropout(Layer):
         return f"Dropout({self.p:g})"
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
+        self.check_input(x)
         if not self.training or not self.p:
             return x.copy(), None
         xp = array_module(x)
@@ -47,8 +48,7 @@ class Dropout(Layer):
         return y, mask
 
     def backward(self, dy: Array, saved: Saved) -> Array:
-        if saved is not None:
-            self.check_gradient(dy, saved)
+        self.check_gradient(dy, dy if saved is None else saved)
         return self.backward_(dy.copy(), saved)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
@@ -84,14 +84,16 @@ class LayerNorm(Layer):
         self, features: int, eps: float = 1e-5, *, dtype: npt.DTypeLike = np.float32, backend: str | None = None
     ) -> None:
         self.features = self.in_features = check_whole(features, "features", least=1)
+        check_room(self.features, "features")
         self.eps, dtype = check_number(eps, "eps"), check_float(dtype)
-        self.weight = Parameter(to_backend(np.ones(features, dtype), backend))  # (features,)
-        self.bias = Parameter(to_backend(np.zeros(features, dtype), backend))  # (features,)
+        self.weight = Parameter(to_backend(np.ones(self.features, dtype), backend))  # (features,)
+        self.bias = Parameter(to_backend(np.zeros(self.features, dtype), backend))  # (features,)
 
     def __repr__(self) -> str:
         return f"LayerNorm({self.features})"
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
+        array_module(x)  # refuses what is no array
         self._check(x.shape)
         weight = self.weight.value
         if backend_of(x) is not backend_of(weight) or x.dtype != weight.dtype:
@@ -168,14 +170,15 @@ class GELU(Layer):
     output_suffices = True
 
     def __init__(self, approximate: str = "none") -> None:
-        if approximate not in ("none", "tanh"):
-            raise ValueError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")
+        if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
+            raise ValueError(f"approximate: expected 'none' or 'tanh', got {shown(approximate)}")
         self.approximate = approximate
 
     def __repr__(self) -> str:
         return "GELU()" if self.approximate == "none" else "GELU('tanh')"
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
+        self.check_input(x)
         y = self._distribution(x)
         array_module(x).multiply(y, x, out=y)
         return y, (x, y)
@@ -235,6 +238,8 @@ def erf(x: Array) -> Array:
     function: Any
     if hasattr(xp, "erf"):
         function = xp.erf
+    elif x.dtype.itemsize > 8:  # long doubles, which SciPy does not take
+        function = _erf_by_number
     else:
         try:
             function = importlib.import_module("scipy.special" if xp is np else "cupyx.scipy.special").erf
@@ -257,7 +262,7 @@ class Residual(InPlaceLayer):
 
     def __init__(self, inner: Layer) -> None:
         if not isinstance(inner, Layer):
-            raise TypeError(f"Residual: expected a layer, got {inner!r}")
+            raise TypeError(f"Residual: expected a layer, got {shown(inner)}")
         self.inner = inner
 
     def __repr__(self) -> str:
@@ -270,6 +275,11 @@ class Residual(InPlaceLayer):
             raise error.within("inner") from None
         self._check(x.shape, h.shape)
         return array_module(x).add(x, h), kept
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        inner = self.inner.backward(dy, saved)  # which refuses a dy that does not fit: the outputs' shapes are the same
+        dx: Array = array_module(dy).add(dy, inner)
+        return dx
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         inner = self.inner.backward_(dy.copy(), saved, needs_dx)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npnet.backend import Array, to_host
-from npnet.checks import check_whole
+from npnet.checks import check_callable, check_flag, check_kind, check_whole, shown
 from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Saved, ShapeError
 from npnet.layers import Sequential
 from npnet.pricing import check_saves
@@ -61,9 +61,19 @@ def backpropagate(
 
     Whatever is raised on the way leaves no gradients behind.
     """
-    if schedule.depth != len(layers):
-        raise ValueError(f"a schedule for {schedule.depth} layers cannot run a chain of {len(layers)}")
-    check_saves(layers, schedule)
+    check_kind(schedule, Schedule, "schedule", "npnet.schedules.every_nth(depth, n)")
+    check_callable(output_gradient, "output_gradient")
+    if after_backward is not None:
+        check_callable(after_backward, "after_backward")
+    if restore is not None:
+        check_callable(restore, "restore")
+    needs_dx, determinism_check = check_flag(needs_dx, "needs_dx"), check_flag(determinism_check, "determinism_check")
+    try:
+        if schedule.depth != len(layers):
+            raise ValueError(f"a schedule for {schedule.depth} layers cannot run a chain of {len(layers)}")
+        check_saves(layers, schedule)
+    except (AttributeError, TypeError):
+        raise TypeError(f"layers: expected a list of layers, got {shown(layers)}") from None
     before = _checking.always
     try:
         with one_step():  # whatever is run again in it draws the same random numbers again
@@ -186,8 +196,9 @@ class Checkpoint(InPlaceLayer):
 
     def __init__(self, inner: Layer, preserve_rng_state: bool = True, determinism_check: bool = False) -> None:
         if not isinstance(inner, Layer):
-            raise TypeError(f"checkpoint: expected a layer, got {inner!r}")
-        self.inner, self.preserve_rng_state, self.determinism_check = inner, preserve_rng_state, determinism_check
+            raise TypeError(f"checkpoint: expected a layer, got {shown(inner)}")
+        self.inner, self.preserve_rng_state = inner, check_flag(preserve_rng_state, "preserve_rng_state")
+        self.determinism_check = check_flag(determinism_check, "determinism_check")
 
     def __repr__(self) -> str:
         return f"checkpoint({self.inner})"
@@ -201,6 +212,12 @@ class Checkpoint(InPlaceLayer):
         except (ShapeError, KindError) as error:
             raise error.within("inner") from None
         return y, _Input(x, step, digest(y) if self.determinism_check or _checking.always else None)
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        if not isinstance(saved, _Input):  # of a forward pass in eval
+            return self.inner.backward(dy, saved)
+        self.check_gradient(dy, dy)  # with the output's shape it is compared when that is there
+        return super().backward(dy, saved)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         if not isinstance(saved, _Input):  # of a forward pass in eval
@@ -262,8 +279,12 @@ def checkpoint_sequential(
     Raises:
         TypeError, ValueError: ``segments`` is not a whole number from 1 to the number of layers.
     """
-    layers = functions.layers if isinstance(functions, Sequential) else list(functions)
-    size = len(layers) // check_whole(segments, "segments", least=1)
+    try:
+        layers = functions.layers if isinstance(functions, Sequential) else list(functions)
+    except TypeError:
+        raise TypeError(f"functions: expected a Sequential or a list of layers, got {shown(functions)}") from None
+    segments = check_whole(segments, "segments", least=1)
+    size = len(layers) // segments
     if not size:
         raise ValueError(f"segments: {segments} are more than the {len(layers)} layers")
     last = size * (segments - 1)

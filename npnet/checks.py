@@ -2,33 +2,80 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from npnet.backend import Array, Backend, array_module, backend_of
 
+T = TypeVar("T")
 
-def check_whole(value: Any, name: str, least: int = 0) -> int:
+
+def shown(value: Any) -> str:
+    """``value`` for a message: cut where it is long, and there even if it cannot be printed."""
+    try:
+        text = repr(value)
+    except Exception:  # a whole number of more digits than Python prints, say
+        return f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def check_kind(value: Any, kind: type[T], name: str, example: str) -> T:
+    """``value``, if it is a ``kind``.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, such as {example}, got {shown(value)}")
+    return value
+
+
+def check_callable(value: Any, name: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function, got {shown(value)}")
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """``value`` as a bool.
+
+    Raises:
+        TypeError: neither True nor False (nor 1 or 0).
+    """
+    if value is True or value is False:
+        return value
+    if not isinstance(value, np.bool_) and not (type(value) is int and value in (0, 1)):
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
+    return bool(value)
+
+
+def check_whole(value: Any, name: str, least: int = 0, most: float = 2**63 - 1) -> int:
     """``value`` as an int.
 
     Raises:
         TypeError: not a whole number.
-        ValueError: below ``least``.
+        ValueError: below ``least``, or above ``most`` (by default what an array can be long).
 
     >>> check_whole(np.int64(3), "epochs")
     3
     """
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected a whole number, at least {least}, got {value!r}")
     try:
-        number = int(value.__index__())
-    except TypeError:  # an array of several numbers has the method, too
-        raise TypeError(f"{name}: expected a whole number, at least {least}, got {value!r}") from None
+        number = None if isinstance(value, (bool, np.bool_)) else value.__index__()
+    except (AttributeError, TypeError):  # an array of several numbers has the method, too
+        number = None
+    if not isinstance(number, int):
+        raise TypeError(f"{name}: expected a whole number, at least {least}, got {shown(value)}")
     if number < least:
-        raise ValueError(f"{name}: expected a whole number, at least {least}, got {number}")
-    return number
+        raise ValueError(f"{name}: expected a whole number, at least {least}, got {shown(number)}")
+    if number > most:
+        raise ValueError(f"{name}: expected a whole number, at most {most}, got {shown(number)}")
+    return int(number)
 
 
 def check_number(value: Any, name: str, least: float = 0.0, below: float = math.inf) -> float:
@@ -38,31 +85,54 @@ def check_number(value: Any, name: str, least: float = 0.0, below: float = math.
         TypeError: not a number.
         ValueError: not finite, below ``least``, or not below ``below``.
     """
-    limit = f"a finite number, at least {least:g}" + (f" and below {below:g}" if below < math.inf else "")
+    if type(value) is float and least <= value < below and value > -math.inf:
+        return value  # the usual case: training steps check numbers, too
+    limit = "a finite number" + (f", at least {least:g}" if least > -math.inf else "")
+    limit += f" and below {below:g}" if below < math.inf else ""
+    kind, axes = getattr(getattr(value, "dtype", None), "kind", "f"), getattr(value, "ndim", None)
+    if kind not in "fiub" or axes or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected {limit}, got {shown(value)}")
     try:
-        number = float(value if not isinstance(value, str) else "")
+        number = float(value) if hasattr(value, "__float__") else None
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected {limit}, got {value!r}") from None
+        number = None
     except OverflowError:  # an int beyond every float
         number = math.inf
+    if number is None:
+        raise TypeError(f"{name}: expected {limit}, got {shown(value)}")
     if not (math.isfinite(number) and least <= number < below):
-        raise ValueError(f"{name}: expected {limit}, got {value!r}")
+        raise ValueError(f"{name}: expected {limit}, got {shown(value)}")
     return number
 
 
-def check_float(dtype: npt.DTypeLike) -> np.dtype[Any]:
+def check_float(dtype: npt.DTypeLike, kinds: str = "f") -> np.dtype[Any]:
     """``dtype`` as a NumPy dtype.
 
     Raises:
-        TypeError: it is not a floating-point type.
+        TypeError: it is not a floating-point type (or, with ``kinds`` "fiub", not one of real numbers).
     """
+    expected = f"dtype: expected a {'floating-point type' if kinds == 'f' else 'type of numbers'} such as numpy.float32"
     try:
         checked = np.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"dtype: expected a floating-point type such as numpy.float32, got {dtype!r}") from None
-    if checked.kind != "f":
-        raise TypeError(f"dtype: expected a floating-point type such as numpy.float32, got {checked}")
+    except Exception:  # NumPy reads texts, tuples and dictionaries, too, and fails in as many ways
+        raise TypeError(f"{expected}, got {shown(dtype)}") from None
+    if checked.kind not in kinds:
+        raise TypeError(f"{expected}, got {checked}")
     return checked
+
+
+def check_room(numbers: int, name: str) -> None:
+    """Refuse an array of so many ``numbers`` if it were larger than the machine's memory, before that is tried.
+
+    Raises:
+        ValueError: it were.
+    """
+    if numbers > 2**27:  # a gigabyte; below, psutil need not be loaded
+        import psutil
+
+        total = psutil.virtual_memory().total
+        if 8 * numbers > total:
+            raise ValueError(f"{name}: {8 * numbers:.3g} bytes are more than this machine's memory, {total:.3g}")
 
 
 def check_sizes(sizes: Sequence[int]) -> list[int]:
@@ -76,9 +146,9 @@ def check_sizes(sizes: Sequence[int]) -> list[int]:
     try:
         given = list(sizes)
     except TypeError:
-        raise TypeError(f"sizes: {example}; got {sizes!r}") from None
+        raise TypeError(f"sizes: {example}; got {shown(sizes)}") from None
     if len(given) < 2:
-        raise ValueError(f"sizes: {example}; got {given!r}")
+        raise ValueError(f"sizes: {example}; got {shown(given)}")
     return [check_whole(size, f"sizes[{i}]", least=1) for i, size in enumerate(given)]
 
 
@@ -88,6 +158,8 @@ def check_array(array: Any, backend: Backend, dtype: np.dtype[Any], name: str) -
     Raises:
         TypeError: it lives on another backend, or does not hold real numbers.
     """
+    if type(array) is backend.array_type and array.dtype == dtype:  # type: ignore[attr-defined]
+        return array  # type: ignore[return-value] # the usual case: a training step asks this, too
     if not isinstance(array, backend.array_type):
         try:
             other = backend_of(array).name
@@ -102,6 +174,10 @@ def check_array(array: Any, backend: Backend, dtype: np.dtype[Any], name: str) -
             array = np.asarray(array)
         except ValueError as error:
             raise TypeError(f"{name}: expected an array of numbers, got a ragged {type(array).__name__}") from error
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an array of numbers, got a masked one; put numbers in its gaps (filled)")
+    if isinstance(array, np.ndarray):
+        array = np.asarray(array)  # of a matrix, whose product is another, the array
     if array.dtype != dtype:
         if array.dtype.kind not in "fiub":
             raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
@@ -144,8 +220,12 @@ def check_pairs(x: Array, y: Array, name: str = "") -> None:
     Raises:
         ValueError: their lengths differ.
     """
-    if len(x) != len(y):
-        raise ValueError(f"{name}x and y must have a row per sample each, got {len(x)} and {len(y)} rows")
+    try:
+        rows = len(x), len(y)
+    except TypeError:  # no dimensions, or no array
+        raise TypeError(f"{name}expected rows of x and y, got {shown(x)} and {shown(y)}") from None
+    if rows[0] != rows[1]:
+        raise ValueError(f"{name}x and y must have a row per sample each, got {rows[0]} and {rows[1]} rows")
 
 
 def check_no_nan(array: Array, name: str) -> None:

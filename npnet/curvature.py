@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from npnet.backend import Array, array_module, backend_of, to_backend
-from npnet.checks import check_number, check_whole
+from npnet.checks import check_kind, check_number, check_whole, shown
 from npnet.dual import Dual
 from npnet.layer import Layer
 from npnet.losses import Loss
@@ -56,15 +56,17 @@ def hessian_vector_product(
         TypeError, ValueError: ``vector`` does not fit the parameters.
         TrainingDiverged: the loss is not finite.
     """
-    parameters = model.named_parameters()
+    parameters = check_kind(model, Layer, "model", "mlp([784, 30, 10])").named_parameters()
     if not isinstance(vector, Mapping):
         raise TypeError(f"vector: expected a mapping from paths of parameters to arrays, got {type(vector).__name__}")
     if parameters.keys() != vector.keys():
-        wrong = ", ".join(sorted(parameters.keys() ^ vector.keys()))
+        wrong = ", ".join(sorted(map(str, parameters.keys() ^ vector.keys())))
         raise ValueError(f"vector: expected an array for each parameter; missing or unknown: {wrong}")
     for name, parameter in parameters.items():
         if backend_of(vector[name]) is not backend_of(parameter.value) or vector[name].dtype.kind != "f":
-            raise TypeError(f"vector: {name}: expected real numbers on the parameter's backend, got {vector[name]!r}")
+            raise TypeError(
+                f"vector: {name}: expected real numbers on the parameter's backend, got {shown(vector[name])}"
+            )
         if vector[name].shape != parameter.value.shape:
             raise ValueError(f"vector: {name}: expected shape {parameter.value.shape}, got {vector[name].shape}")
     with _tangents(model, vector):
@@ -128,7 +130,8 @@ def second_order_step(
     found = gradient_norm_gradient(model, loss, x, y, schedule=schedule)
     for name, parameter in model.named_parameters().items():
         weight = parameter.writable()
-        weight -= alpha * found.gradient[name] + beta * found.product[name]
+        with np.errstate(over="ignore", invalid="ignore"):  # found in the next step's loss
+            weight -= alpha * found.gradient[name] + beta * found.product[name]
     return found.value
 
 
@@ -138,7 +141,7 @@ def hessian(model: Layer, loss: Loss, x: Array, y: Array) -> Array:
     Raises:
         ValueError: n is more than `MOST_PARAMETERS`: n products are taken, and n^2 numbers kept.
     """
-    parameters = model.named_parameters()
+    parameters = check_kind(model, Layer, "model", "mlp([784, 30, 10])").named_parameters()
     count = sum(parameter.value.size for parameter in parameters.values())
     if count > MOST_PARAMETERS:
         raise ValueError(
@@ -196,7 +199,8 @@ def largest_eigenvalue(
         rng: seed or generator of the first vector.
     """
     iterations, tolerance = check_whole(iterations, "iterations", least=1), check_number(tolerance, "tolerance")
-    count = sum(parameter.value.size for parameter in model.named_parameters().values())
+    parameters = check_kind(model, Layer, "model", "mlp([784, 30, 10])").parameters()
+    count = sum(parameter.value.size for parameter in parameters)
     vector = unflatten(model, as_generator(rng).standard_normal(count))
     vector, found = _normalized(vector), math.inf
     with one_step():

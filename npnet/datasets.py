@@ -1,18 +1,20 @@
 """Data sets: where the files are, whether they are whole, and arrays ready to train on."""
 
 import hashlib
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from npnet.backend import Array
-from npnet.checks import check_number, check_pairs, check_whole
+from npnet.backend import Array, backend_of, to_host
+from npnet.checks import check_flag, check_float, check_number, check_pairs, check_room, check_whole, shown
 from npnet.layer import Pair
 from npnet.random import RNG, as_generator
 
@@ -55,11 +57,15 @@ def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _find(name: str, path: str | os.PathLike[str] | None, what: str, how: str) -> Path:
+    if not (path is None or isinstance(path, (str, os.PathLike))):
+        raise TypeError(f"path: expected a file or folder, got {shown(path)}")
     places = [Path(path)] if path is not None else data_folders()
-    files = [place / name if place.is_dir() or path is None else place for place in places]
-    for file in files:
-        if file.is_file():
-            return file
+    files = places
+    with suppress(OSError):  # a name that is too long, say, which nothing can have
+        files = [place / name if place.is_dir() or path is None else place for place in places]
+        for file in files:
+            if file.is_file():
+                return file
     raise FileNotFoundError(f"no {what} file at {' or '.join(map(str, files))}; {how}")
 
 
@@ -105,7 +111,7 @@ def load_mnist(path: str | os.PathLike[str] | None = None, dtype: npt.DTypeLike 
     Raises:
         FileNotFoundError, DataError: the file is missing, damaged, or another.
     """
-    arrays = read_mnist(path)
+    dtype, arrays = check_float(dtype), read_mnist(path)
     train, test = (
         (scaled(arrays[f"x_{part}"], dtype), one_hot(arrays[f"y_{part}"], 10, dtype)) for part in ("train", "test")
     )
@@ -130,11 +136,14 @@ def one_hot(labels: Any, classes: int, dtype: npt.DTypeLike = np.float64) -> Arr
     array([[0., 0., 1.],
            [1., 0., 0.]])
     """
-    labels, classes = np.asarray(labels), check_whole(classes, "classes", least=1)
+    labels, classes = to_host(labels), check_whole(classes, "classes", least=1)
+    backend_of(labels)  # refuses masks
+    dtype = check_float(dtype, "fiub")
     if labels.dtype.kind not in "iu":
         raise TypeError(f"labels: expected whole numbers, got dtype {labels.dtype}")
     if labels.ndim != 1 or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
-        raise ValueError(f"labels: expected shape (samples,) with values from 0 to {classes - 1}, got {labels!r}")
+        raise ValueError(f"labels: expected shape (samples,) with values from 0 to {classes - 1}, got {shown(labels)}")
+    check_room(labels.size * classes, "classes")
     rows = np.zeros((len(labels), classes), dtype)
     rows[np.arange(len(labels)), labels] = 1
     return rows
@@ -230,6 +239,7 @@ def load_diabetes(
     Raises:
         FileNotFoundError, DataError: the file is missing, damaged, or another.
     """
+    dtype, standardize = check_float(dtype), check_flag(standardize, "standardize")
     file = _find(DIABETES_FILE, path, "diabetes", "copy data/diabetes.csv from the npnet repository")
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -258,11 +268,19 @@ def make_linear(
 
     Returns:
         (x, y): (n, 1) each.
+
+    Raises:
+        TypeError, ValueError: an argument is not such a number, or ``high`` is below ``low``.
     """
     n, noise, generator = check_whole(n, "n", least=1), check_number(noise, "noise"), as_generator(rng)
+    low, dtype = check_number(low, "low", least=-math.inf), check_float(dtype)
+    high = check_number(high, "high", least=low)
+    check_number(high - low, "high - low")
+    check_room(n, "n")
     x = generator.uniform(low, high, (n, 1))
     y = 2 * x + 3 + noise * generator.standard_normal((n, 1))
-    return x.astype(dtype), y.astype(dtype)
+    with np.errstate(over="ignore"):  # infinite, in a small dtype
+        return x.astype(dtype), y.astype(dtype)
 
 
 def batches(
@@ -281,7 +299,9 @@ def batches(
     >>> [len(x) for x, y in batches(np.zeros((5, 3)), np.zeros((5, 1)), 2)]
     [2, 2, 1]
     """
+    backend_of(x), backend_of(y)  # refuse what is no array
     check_pairs(x, y)
+    shuffle, drop_last = check_flag(shuffle, "shuffle"), check_flag(drop_last, "drop_last")
     batch_size = check_whole(batch_size, "batch_size", least=1)
     order = as_generator(rng).permutation(len(x)) if shuffle else None  # drawn now, whoever takes how many
     firsts = range(check_whole(start, "start"), len(x) - (batch_size - 1 if drop_last else 0), batch_size)

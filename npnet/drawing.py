@@ -1,10 +1,8 @@
 """Pictures. Every function draws on ``ax`` (a new figure's, if None) and returns it; nothing is shown or saved here."""
 
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +12,12 @@ from npnet.measuring import StepCost
 from npnet.memory import format_bytes
 from npnet.planner import Tradeoff
 from npnet.plans import Plan
+from npnet.plot_checks import check_type, finite_numbers, named, one_each
 from npnet.run import History
 from npnet.schedule import BACKWARD, Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-T = TypeVar("T")
 
 BLUE, ORANGE, GREY = "#3b6ea5", "#d9822b", "#8c8c8c"
 
@@ -30,13 +27,6 @@ BYTES |= {"checkpoints": BLUE, "segment": "#93c8f2", "workspace": "#f2c14e"}
 
 MOST_STEPS = 2500  # of a curve: more would be finer than pixels, and slow
 MAKE_PLAN = "as npnet.plan(network, batch_size) gives it"
-
-
-def check_type(value: Any, expected: type[T], name: str, hint: str) -> T:
-    """``value``, if it is an ``expected``; else TypeError, where ``hint`` says how to get one."""
-    if not isinstance(value, expected):
-        raise TypeError(f"{name}: expected a {expected.__name__} ({hint}), got {type(value).__name__}")
-    return value
 
 
 def axes_or_new(ax: "Axes | None", size: tuple[float, float] = (6, 4)) -> "Axes":
@@ -58,6 +48,7 @@ def _whole_ticks(ax: "Axes") -> None:
 
 def plot_history(history: History, ax: "Axes | None" = None) -> "Axes":
     """Training loss and test accuracy, by epoch."""
+    check_type(history, History, "history", "as npnet.fit gives it")
     ax = axes_or_new(ax)
     epochs = [epoch.epoch for epoch in history.epochs]
     ax.plot(epochs, [epoch.loss for epoch in history.epochs], "o-", color=BLUE)
@@ -81,9 +72,18 @@ def plot_bars(
     ylabel: str = "",
     labels: Sequence[str] = (),
 ) -> "Axes":
-    """A bar for each name, the first in grey: the others are compared with it. ``labels`` stand on the bars."""
+    """A bar for each name, the first in grey: the others are compared with it. ``labels`` stand on the bars.
+
+    Raises:
+        TypeError, ValueError: ``values`` are not finite numbers by name, or ``labels`` not one text for each.
+    """
+    named(values, "values")
+    heights = finite_numbers(list(values.values()), (len(values),), "finite numbers by name", "values")
+    for text, what in ((title, "title"), (ylabel, "ylabel")):
+        check_type(text, str, what, "a text")
+    labels = one_each(labels, len(values), "labels") if not isinstance(labels, tuple) or labels else []
     ax = axes_or_new(ax)
-    bars = ax.bar(list(values), list(values.values()), color=[GREY, *[BLUE] * (len(values) - 1)], width=0.6)
+    bars = ax.bar(list(values), heights, color=[GREY, *[BLUE] * (len(values) - 1)], width=0.6)
     ax.bar_label(bars, labels=list(labels) or None, padding=2)
     ax.set(title=title, ylabel=ylabel)
     ax.margins(y=0.15)
@@ -91,19 +91,35 @@ def plot_bars(
 
 
 def plot_accuracies(accuracies: Mapping[str, Sequence[float]], ax: "Axes | None" = None) -> "Axes":
-    """Accuracy by epoch for several runs. Equal curves lie on each other: each is thinner than the one before."""
+    """Accuracy by epoch for several runs. Equal curves lie on each other: each is thinner than the one before.
+
+    Raises:
+        TypeError, ValueError: ``accuracies`` are not lists of finite numbers by name.
+    """
+    for values in named(accuracies, "accuracies").values():
+        finite_numbers(values, (-1,), "lists of finite numbers by name", "accuracies")
     ax = axes_or_new(ax)
     for i, (name, values) in enumerate(accuracies.items()):
         epochs, scores, size = range(1, len(values) + 1), [100 * value for value in values], len(accuracies) - i
         ax.plot(epochs, scores, "o-", label=name, linewidth=2.5 * size, markersize=4 + 4 * size, alpha=0.6)
     ax.set(title="accuracy, with and without checkpointing", xlabel="epoch", ylabel="test accuracy in %")
     _whole_ticks(ax)
-    ax.legend()
+    if accuracies:
+        ax.legend()
     return ax
 
 
 def plot_costs(costs: Sequence[StepCost], axes: "Sequence[Axes]") -> None:
-    """Time and peak memory of one training step under several schedules, side by side on two ``axes``."""
+    """Time and peak memory of one training step under several schedules, side by side on two ``axes``.
+
+    Raises:
+        TypeError, ValueError: ``costs`` are not such costs, or ``axes`` not two.
+    """
+    if not isinstance(costs, Sequence) or not costs:
+        raise TypeError("costs: expected a list of costs, as npnet.step_costs gives it, with at least one")
+    for cost in costs:
+        check_type(cost, StepCost, "costs", "as npnet.step_costs gives it")
+    axes = [axes_or_new(ax) for ax in one_each(axes, 2, "axes")]
     base = costs[0]
     plot_bars(
         {cost.schedule: cost.seconds * 1e3 for cost in costs},
@@ -187,15 +203,15 @@ def plot_timelines(
     Raises:
         TypeError, ValueError: as for `plot_timeline`, or not one for each plan.
     """
-    given = enumerate(plans if isinstance(plans, Iterable) else [plans])
+    given = enumerate(plans if isinstance(plans, Iterable) and not isinstance(plans, np.ndarray) else [plans])
     drawn = [check_type(plan, Plan, f"plans[{i}]", MAKE_PLAN) for i, plan in given]
     if not drawn:
         raise ValueError("plans: expected at least one plan, got none")
-    lines = _one_each([None] * len(drawn) if measured is None else measured, len(drawn), "measured")
+    lines = one_each([None] * len(drawn) if measured is None else measured, len(drawn), "measured")
     totals = [None if line is None else _total(plan, line) for plan, line in zip(drawn, lines, strict=True)]
     if axes is None:
         axes = figure(len(drawn))[1] if len(drawn) > 1 else [axes_or_new(None, (7.5, 4))]
-    axes = [axes_or_new(ax) for ax in _one_each(axes, len(drawn), "axes")]
+    axes = [axes_or_new(ax) for ax in one_each(axes, len(drawn), "axes")]
     most = max(_draw_timeline(*each) for each in zip(axes, drawn, totals, strict=True))
     for ax in axes:
         bytes_alive_axis(ax, min(plan.chain.fixed for plan in drawn), most, 1.42)
@@ -206,27 +222,10 @@ def plot_timelines(
     return axes
 
 
-def _one_each(values: Any, count: int, name: str) -> list[Any]:
-    """``values`` as a list of one for each plan."""
-    if not isinstance(values, Iterable) or len(given := list(values)) != count:
-        got = len(given) if isinstance(values, Iterable) else type(values).__name__
-        raise ValueError(f"{name}: expected a list of {count}, one for each plan, got {got}")
-    return given
-
-
-def _numbers(values: Any, shape: tuple[int, ...], expected: str) -> npt.NDArray[np.float64]:
-    """``values`` as finite numbers of this shape, where -1 stands for any length."""
-    with suppress(TypeError, ValueError):
-        array = np.asarray(values, dtype=np.float64)
-        if np.isfinite(array).all() and (array.shape[1:] == shape[1:] or not array.size):
-            return array.reshape(shape)
-    raise ValueError(f"measured: expected {expected}, got {reprlib.repr(values)}")
-
-
 def _total(plan: Plan, measured: Any) -> npt.NDArray[np.float64]:
     """All bytes alive, from what `measure_timeline` gives."""
     actions = len(plan.schedule)
-    return plan.chain.fixed + _numbers(measured, (actions,), f"finite numbers of bytes for {actions} actions")
+    return plan.chain.fixed + finite_numbers(measured, (actions,), f"finite numbers of bytes for {actions} actions")
 
 
 def _draw_timeline(ax: "Axes", plan: Plan, total: npt.NDArray[np.float64] | None) -> float:
@@ -299,7 +298,7 @@ def plot_tradeoff(
     Raises:
         TypeError, ValueError: not a `Tradeoff`, or ``measured`` is not pairs of finite numbers.
     """
-    pairs = _numbers([] if measured is None else measured, (-1, 2), "pairs such as (900_000, 0.25)") * (1, 100)
+    pairs = finite_numbers([] if measured is None else measured, (-1, 2), "pairs such as (900_000, 0.25)") * (1, 100)
     ax = axes_or_new(ax, (7, 4.6))
     check_type(tradeoff, Tradeoff, "tradeoff", "as npnet.tradeoff(network, batch_size) gives it")
     peaks, costs = _points(tradeoff.optimal).T

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from npnet.backend import Array, backend_of, to_backend, to_host
+from npnet.backend import Array, array_module, backend_of, to_backend, to_host
+from npnet.checks import check_flag
 from npnet.savable import Savable
 
 Pair: TypeAlias = tuple[Array, Array]
@@ -48,7 +49,8 @@ class Parameter:
     def take_gradient(self) -> Array:
         """The gradient, which from then on is no longer the parameter's."""
         gradient, self.gradient = self.gradient, None
-        assert gradient is not None, "no backward pass has added a gradient"
+        if gradient is None:
+            raise ValueError("Parameter.take_gradient: no backward pass has added a gradient")
         return gradient
 
     def writable(self) -> Array:
@@ -159,7 +161,7 @@ class Layer(Savable):
 
     def train(self, mode: bool = True) -> Self:
         """Train from now on (dropout drops, `npnet.checkpoint` checkpoints), with all layers inside."""
-        self.training = bool(mode)
+        self.training = check_flag(mode, "mode")
         for child in self.children().values():
             child.train(mode)
         return self
@@ -188,6 +190,7 @@ class Layer(Savable):
         fresh = {}
         for name, each in own.items():
             array = to_host(state[name])
+            backend_of(array)  # refuses masks
             if array.dtype.kind not in "fiu":
                 raise TypeError(f"load_state_dict: {name}: expected real numbers, got dtype {array.dtype}")
             if array.shape != each.value.shape:
@@ -209,14 +212,32 @@ class Layer(Savable):
             "cost(self, shape, dtype, needs_dx=True) that returns an npnet.LayerCost"
         )
 
+    def check_input(self, x: Array) -> None:
+        """Refuse an input that is not an array of floating-point numbers.
+
+        Raises:
+            TypeError: it is not.
+            ValueError: it is a single number.
+        """
+        array_module(x)  # refuses what is no array
+        if x.dtype.kind != "f" and x.dtype.name != "bfloat16":
+            raise KindError(f"{self}: expected floating-point numbers, got dtype {x.dtype}; convert with x.astype")
+        if not x.ndim:
+            raise ShapeError(f"{self}: expected rows of shape (batch, features), got a single number")
+
     def check_gradient(self, dy: Array, y: Array) -> None:
         """Refuse a gradient that does not fit the output ``y``, before broadcasting can make it fit.
 
         Raises:
+            TypeError: ``dy`` is not an array of floating-point numbers, or of another backend than ``y``.
             ValueError: ``dy`` has another shape than ``y``.
         """
+        if backend_of(dy) is not backend_of(y):
+            raise KindError(f"{self}: the gradient dy is on backend {backend_of(dy).name!r}; move it with to_backend")
         if dy.shape != y.shape:
             raise ValueError(f"{self}: the gradient dy must have the output's shape {y.shape}, got {dy.shape}")
+        if dy.dtype.kind != "f" and dy.dtype.name != "bfloat16":
+            raise KindError(f"{self}: the gradient dy must be of floating-point numbers, got dtype {dy.dtype}")
 
 
 class InPlaceLayer(Layer):

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from npnet.activations import INITIALIZERS, Activation, as_activation
-from npnet.backend import Array, array_module, backend_of, ones, to_backend
-from npnet.checks import check_float, check_sizes
+from npnet.backend import Array, array_module, backend_of, get_backend, ones, to_backend
+from npnet.checks import check_array, check_float, check_room, check_sizes, shown
 from npnet.initializers import Initializer, as_initializer, xavier_normal
 from npnet.layer import KindError, Layer, LayerCost, Parameter, Saved, ShapeError
 from npnet.random import RNG, as_generator
@@ -48,7 +48,9 @@ class Dense(Layer):
         dtype = check_float(dtype)
         if initializer is None:
             initializer = INITIALIZERS.get(type(self.activation), xavier_normal)
-        weight = as_initializer(initializer)((out_features, in_features), as_generator(rng))
+        check_room(in_features * out_features, f"a weight of {out_features} x {in_features} numbers")
+        drawn = as_initializer(initializer)((out_features, in_features), as_generator(rng))
+        weight = check_array(drawn, get_backend("numpy"), dtype, "initializer")
         if weight.shape != (out_features, in_features):
             raise ValueError(f"initializer: expected shape {out_features, in_features}, got {weight.shape}")
         # Fortran order makes W.T contiguous: x @ W.T is then up to twice as fast on thin layers.
@@ -155,7 +157,7 @@ class Sequential(Layer):
             raise ValueError("Sequential: expected at least one layer")
         for layer in layers:
             if not isinstance(layer, Layer):
-                raise TypeError(f"Sequential: expected layers, got {layer!r}")
+                raise TypeError(f"Sequential: expected layers, got {shown(layer)}")
         self.layers = list(layers)
         names: dict[int, str] = {}
         for name, parameter in self.named_parameters().items():

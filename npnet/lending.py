@@ -13,7 +13,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from npnet.backend import Array
-from npnet.checks import check_list
+from npnet.checks import check_list, check_whole
 from npnet.layer import Parameter
 from npnet.losses import check_finite
 
@@ -32,6 +32,7 @@ class LentList(list[Array]):
         if self.replace is not None:
             if not isinstance(index, SupportsIndex):
                 raise TypeError("to replace several arrays, assign a whole list: network.weights = [...]")
+            index = check_whole(index, "the index of an array", least=-len(self), most=len(self) - 1)
             value = self.replace(range(len(self))[index], value)
         super().__setitem__(index, value)
 

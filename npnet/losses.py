@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from npnet.backend import Array, array_module, backend_of
-from npnet.checks import check_one_hot, check_pairs, check_rows
+from npnet.checks import check_one_hot, check_pairs, check_rows, check_whole
 
 
 class TrainingDiverged(ArithmeticError):
@@ -79,9 +79,13 @@ class Loss:
         """Refuse targets that this loss cannot take; called once for a data set, not for each batch.
 
         Raises:
+            TypeError: they are not an array of real numbers.
             ValueError: they are not rows of ``features`` numbers.
         """
-        check_rows(targets, features, "targets", labels=True)
+        backend_of(targets)  # refuses what is no array
+        if targets.dtype.kind not in "fiub":
+            raise TypeError(f"targets: expected real numbers, got dtype {targets.dtype}")
+        check_rows(targets, check_whole(features, "features", least=1), "targets", labels=True)
 
 
 def _check_pair(output: Array, target: Array) -> None:
@@ -90,10 +94,14 @@ def _check_pair(output: Array, target: Array) -> None:
             f"loss: the output is on backend {backend_of(output).name!r}, the target on "
             f"{backend_of(target).name!r}; move one with npnet.to_backend"
         )
-    if output.ndim != 2 or output.shape != target.shape:
+    if output.ndim != 2 or output.shape != target.shape or not output.size:
         raise ValueError(
             f"loss: output and target must have the same shape, got {output.shape} and {target.shape}; "
-            "both are rows, (batch, features)"
+            "both are rows, (batch, features), at least one"
+        )
+    if output.dtype.kind != "f" or target.dtype.kind not in "fiub":
+        raise TypeError(
+            f"loss: expected floating-point outputs and targets of real numbers, got {output.dtype} and {target.dtype}"
         )
 
 

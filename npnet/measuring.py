@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from npnet.backend import Array, backend_of
-from npnet.checks import check_whole
-from npnet.layer import Layer, Parameter, Saved
+from npnet.checks import check_kind, check_whole
+from npnet.layer import Layer, Parameter, Saved, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss
 from npnet.memory import measuring, peak_of, tracing
 from npnet.optimizers import Optimizer
 from npnet.schedule import DROP, Schedule
+from npnet.schedules import as_schedule
 from npnet.step import train_step
 
 
@@ -52,7 +53,11 @@ def step_costs(
     Raises:
         RuntimeError: another measurement is running.
     """
-    plans, backend = list(schedules), backend_of(x).name
+    check_kind(model, Sequential, "model", "mlp([784, 30, 10])")
+    check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
+    check_kind(schedules, Iterable, "schedules", "[npnet.schedules.none(3)]")  # type: ignore[type-abstract]
+    plans = [check_kind(each, Schedule, "schedules", "npnet.schedules.none(3)") for each in schedules]
+    backend = backend_of(x).name
     rounds = check_whole(rounds, "rounds", least=1)
 
     def own_copy() -> tuple[Sequential, Optimizer]:
@@ -99,7 +104,11 @@ def measure_timeline(
 
     Raises:
         RuntimeError: as for `measure_peak`; what is said there of other threads holds here, too.
+        TypeError, ValueError: as for `npnet.train_step`.
     """
+    check_kind(model, Sequential, "model", "mlp([784, 30, 10])")
+    check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()")
+    schedule = as_schedule(schedule, len(model.layers), needs_saved(model.layers))
     with measuring(), tracing():
         meter = _Meter()
         last = len(model.layers) - 1

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npnet.backend import get_backend
+from npnet.checks import check_callable, shown
 
 _measuring = threading.Lock()
 
@@ -59,6 +60,7 @@ def measure_peak(function: Callable[..., Any], *args: Any, backend: str | None =
         RuntimeError: another measurement is running, in this thread or another: each would count the other's bytes.
             Or tracemalloc was stopped meanwhile.
     """
+    check_callable(function, "function")
     with measuring():
         return peak_of(lambda: function(*args, **kwargs), get_backend(backend).name)
 
@@ -148,6 +150,7 @@ def measure_rss_peak(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
         Exception: whatever the function raised.
         RuntimeError: the process died.
     """
+    check_callable(function, "function")
     import multiprocessing
     import pickle
 
@@ -253,12 +256,13 @@ def parse_bytes(size: float | str, name: str = "memory_budget") -> int:
     """
     expected = f'{name}: expected bytes, or a size such as "20 MB" or "20 MiB"'
     if isinstance(size, bool) or not isinstance(size, (str, numbers.Real)):
-        raise TypeError(f"{expected}, got {size!r}")
-    parts = re.fullmatch(r"\s*(\S*?)\s*([a-zA-Z]*)\s*", str(size))
+        raise TypeError(f"{expected}, got {shown(size)}")
+    text = size if isinstance(size, str) else shown(int(size) if isinstance(size, numbers.Integral) else float(size))
+    parts = re.fullmatch(r"\s*(\S*?)\s*([a-zA-Z]*)\s*", text)
     try:
         count = float(parts[1]) * _UNITS[parts[2].lower()] if parts else 0.0
     except (KeyError, ValueError):
         count = 0.0
     if not 1 <= count < math.inf:
-        raise ValueError(f"{expected}, at least one byte, got {size!r}")
+        raise ValueError(f"{expected}, at least one byte, got {shown(size)}")
     return int(count)

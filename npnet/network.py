@@ -17,6 +17,7 @@ from npnet.backend import Array, array_module, get_backend, to_backend
 from npnet.checkpoint import Restore, backpropagate, clear_gradients
 from npnet.checks import (
     check_array,
+    check_flag,
     check_float,
     check_list,
     check_no_nan,
@@ -139,7 +140,14 @@ class Network(Savable):
         return accuracy(lambda rows: self.feedforward(rows).T, x, y)
 
     def cost_derivative(self, output_activations: Array, y: Array) -> Array:
-        """dC/da at the output for C = sum of (a - y)^2 / 2; columns. Override it for another cost."""
+        """dC/da at the output for C = sum of (a - y)^2 / 2; columns. Override it for another cost.
+
+        Raises:
+            TypeError, ValueError: the two are not arrays of numbers, or have different shapes.
+        """
+        output_activations, y = self._array(output_activations, "output_activations"), self._array(y, "y")
+        if output_activations.shape != y.shape:
+            raise ValueError(f"cost_derivative: expected equal shapes, got {output_activations.shape}, {y.shape}")
         return output_activations - y
 
     def backprop(self, x: Array, y: Array) -> tuple[list[Array], list[Array]]:
@@ -257,6 +265,7 @@ class Network(Savable):
             raise ValueError(f"mini_batch_size: {batch} is more than the {len(x)} training samples")
         check_no_nan(x, "training_data: x")
         check_no_nan(y, "training_data: y")
+        log = check_flag(log, "log")
         if isinstance(test_data, tuple) and not test_data:
             test_data = None  # as in the exercise
         if test_data is not None:

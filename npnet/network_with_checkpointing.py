@@ -120,12 +120,15 @@ class NetworkWithCheckpointing(Network):
         Returns:
             ``a`` and the outputs of the layers, columns: layer_idx_end - checkpoint_idx_start + 1 arrays.
         """
-        if not 0 <= checkpoint_idx_start <= len(self.layers) >= layer_idx_end:
+        checkpoint_idx_start = check_whole(checkpoint_idx_start, "checkpoint_idx_start")
+        layer_idx_end = check_whole(layer_idx_end, "layer_idx_end")
+        if not checkpoint_idx_start <= len(self.layers) >= layer_idx_end:
             raise ValueError(
                 f"forward_between_checkpoints: expected layer indices from 0 to {len(self.layers)}, got "
                 f"{checkpoint_idx_start} and {layer_idx_end}"
             )
-        rows, activations = (a if getattr(a, "dtype", None) == self.dtype else self._array(a, "a")).T, [a]
+        a = self._array(a, "a")
+        rows, activations = a.T, [a]
         for layer in self.layers[checkpoint_idx_start:layer_idx_end]:
             rows, _ = layer.forward(rows)
             activations.append(rows.T)

@@ -14,9 +14,24 @@ from typing import Any
 import numpy as np
 
 from npnet.backend import Array, array_module, backend_of, to_backend, to_host
-from npnet.checks import check_number
+from npnet.checks import check_kind, check_number
 from npnet.layer import Parameter
 from npnet.losses import check_finite
+
+
+def check_parameters(parameters: Iterable[Parameter]) -> list[Parameter]:
+    """``parameters`` as a list.
+
+    Raises:
+        TypeError: they are not parameters.
+    """
+    try:
+        given = list(parameters)
+    except TypeError:
+        given = [parameters]  # type: ignore[list-item]
+    for each in given:
+        check_kind(each, Parameter, "parameters", "those that model.parameters() gives")
+    return given
 
 
 class Optimizer:
@@ -49,12 +64,16 @@ class Optimizer:
 
     def zero_grad(self, parameters: Iterable[Parameter]) -> None:
         """Forget the gradients, before new ones are added up."""
-        for parameter in parameters:
+        for parameter in check_parameters(parameters):
             parameter.gradient = None
 
     def prepare(self, parameters: Iterable[Parameter]) -> list[Parameter]:
         """Allocate whatever their updates take; returns those that have a gradient."""
-        ready = [parameter for parameter in parameters if parameter.gradient is not None]
+        try:
+            ready = [parameter for parameter in parameters if parameter.gradient is not None]
+        except (AttributeError, TypeError):
+            check_parameters(parameters)  # the reason, most likely
+            raise
         for parameter in ready:
             weight = parameter.writable()
             if self.weight_decay:
@@ -198,7 +217,8 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     Raises:
         TrainingDiverged: it is not finite.
     """
-    max_norm, gradients = check_number(max_norm, "max_norm"), [p.gradient for p in parameters if p.gradient is not None]
+    max_norm, given = check_number(max_norm, "max_norm"), check_parameters(parameters)
+    gradients = [each.gradient for each in given if each.gradient is not None]
     squares = 0.0
     for gradient in gradients:
         flat = gradient.ravel(order="K")

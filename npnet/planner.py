@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from npnet import schedules
-from npnet.checks import check_whole
+from npnet.checks import check_flag, check_kind, check_whole, shown
 from npnet.layer import Layer
 from npnet.losses import Loss
 from npnet.memory import format_bytes, parse_bytes
@@ -25,6 +25,9 @@ MOST_CELLS = 20_000_000
 
 MOST_POINTS = 200
 """Plans on a trade-off curve."""
+
+MOST_FLOPS = 10**18
+"""Of a step: bytes are counted in 64 bits."""
 
 MOST_CURVE_CELLS = 10_000_000_000
 """Steps of the dynamic program that a trade-off curve may take: of that depend how many remainders are tried."""
@@ -85,19 +88,20 @@ def plan(
         features=features,
     )
     depth, bound = chain.depth, None
-    if every_nth is not None and strategy not in (None, "every_nth"):
-        raise ValueError(f"give every_nth or strategy={strategy!r}, not both")
+    kind = strategy if isinstance(strategy, str) else None
+    if every_nth is not None and not (strategy is None or kind == "every_nth"):
+        raise ValueError(f"give every_nth or strategy={shown(strategy)}, not both")
     if every_nth is not None:
         candidates: Sequence[Schedule] = [schedules.every_nth(depth, every_nth, chain.needs_saved)]
-    elif strategy == "optimal" or (strategy is None and budget is not None):
+    elif kind == "optimal" or (strategy is None and budget is not None):
         if budget is None:
             raise ValueError("strategy 'optimal' needs memory_budget: bytes, or a size such as '20 MB'")
         candidates, bound = _optimal(chain, budget)
-    elif strategy == "every_nth":
+    elif kind == "every_nth":
         if budget is None:
             raise ValueError("strategy 'every_nth' needs every_nth=n, or a memory_budget to find n for")
         candidates = list(_every_nth(chain))
-    elif strategy == "revolve" and budget is not None:
+    elif kind == "revolve" and budget is not None:
         candidates = list(_revolves(chain))
     else:
         candidates = [schedules.as_schedule("none" if strategy is None else strategy, depth, chain.needs_saved)]
@@ -106,7 +110,7 @@ def plan(
     plans = [Plan(schedule, chain, names, batch_size, budget, bound) for schedule in candidates]
     fitting = [each for each in plans if budget is None or each.peak_bytes <= budget]
     if budget is not None and not fitting:
-        restricted = every_nth is not None or strategy not in (None, "optimal")
+        restricted = every_nth is not None or not (strategy is None or kind == "optimal")
         smallest = min(plans, key=lambda each: each.peak_bytes)
         name = f"of this strategy ({smallest.schedule.name})" if restricted else "that there is"
         if not restricted and depth > MOST_LAYERS:
@@ -197,22 +201,23 @@ def price(
 ) -> Chain:
     """What each layer costs; arguments as for `plan`."""
     layers, features, dtype = input_of(network, features)
-    for name, given, kind in (("loss", loss, Loss), ("optimizer", optimizer, Optimizer)):
-        if not (given is None or isinstance(given, kind)):
-            raise TypeError(f"{name}: expected a {kind.__name__}, such as npnet.{_EXAMPLES[name]}, got {given!r}")
-    return chain_of(
+    if loss is not None:
+        check_kind(loss, Loss, "loss", "npnet.SoftmaxCrossEntropy()")
+    if optimizer is not None:
+        check_kind(optimizer, Optimizer, "optimizer", "npnet.Adam(1e-3)")
+    chain = chain_of(
         layers,
         (batch_size, features),
         dtype,
         loss_arrays=getattr(network, "loss_arrays", 1) if loss is None else loss.loss_arrays,
         state_arrays=len(optimizer.state_names) if optimizer else 0,
         update_arrays=1 if optimizer and optimizer.weight_decay else 0,
-        streaming=streaming,
+        streaming=check_flag(streaming, "streaming"),
         accumulating=check_whole(accumulation_steps, "accumulation_steps", least=1) > 1,
     )
-
-
-_EXAMPLES = {"loss": "SoftmaxCrossEntropy()", "optimizer": "Adam(1e-3)"}
+    if chain.step_flops > MOST_FLOPS:
+        raise ValueError(f"batch_size: with {batch_size} samples a step takes {chain.step_flops:.3g} flops; never mind")
+    return chain
 
 
 def input_of(network: HasLayers, features: int | None = None) -> tuple[Sequence[Layer], int, np.dtype[Any]]:
@@ -224,7 +229,7 @@ def input_of(network: HasLayers, features: int | None = None) -> tuple[Sequence[
     """
     layers = getattr(network, "layers", None)
     if not layers or not all(isinstance(layer, Layer) for layer in layers):
-        raise TypeError(f"network: expected a Network or a Sequential, got {network!r}")
+        raise TypeError(f"network: expected a Network or a Sequential, got {shown(network)}")
     if features is None:
         features = next(_features(layers), None)
     if features is None:

@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from npnet.backend import Array, backend_of
+from npnet.backend import Array, array_module, backend_of
 from npnet.checkpoint import Checkpoint
-from npnet.checks import check_number, check_whole, is_finite
+from npnet.checks import check_flag, check_kind, check_number, check_whole, is_finite, shown
 from npnet.layer import InPlaceLayer, Layer, LayerCost, Parameter, Saved
 from npnet.layers import Dense, Sequential
-from npnet.optimizers import Optimizer
+from npnet.optimizers import Optimizer, check_parameters
 
 
 def storage_dtype(name: str) -> np.dtype[Any]:
@@ -30,8 +30,8 @@ def storage_dtype(name: str) -> np.dtype[Any]:
         ValueError: another name.
         ImportError: bfloat16 needs the package ml_dtypes.
     """
-    if name not in ("float16", "bfloat16"):
-        raise ValueError(f"dtype: expected 'float16' or 'bfloat16', got {name!r}")
+    if not isinstance(name, str) or name not in ("float16", "bfloat16"):
+        raise ValueError(f"dtype: expected 'float16' or 'bfloat16', got {shown(name)}")
     if name == "bfloat16":
         try:
             import ml_dtypes
@@ -90,6 +90,9 @@ class Stored(InPlaceLayer):
         stored = {id(single): x, id(output): y}
         return y, _mapped(lambda array: stored.get(id(array), array), kept)
 
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        return self.inner.backward(dy, self._up(saved))
+
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         return self.inner.backward_(dy, self._up(saved), needs_dx)
 
@@ -134,12 +137,19 @@ class HalfProducts(Stored):
                     parameter.accumulate(fresh.astype(self.single, order="K"))
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
+        array_module(x)  # refuses what is no array
         if x.dtype not in (self.dtype, self.single):
             return self.inner.forward(x)  # which refuses it
         with self._half_parameters():
             output, _ = self.inner.forward(x.astype(self.dtype, copy=False))
         y = output if self.down else output.astype(self.single)
         return y, (x, y)
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        self.check_gradient(dy, saved[1])
+        dx = self.backward_(dy.copy(), saved)
+        assert dx is not None
+        return dx
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         x, y = (array.astype(self.dtype, copy=False) for array in saved)
@@ -186,9 +196,11 @@ def mixed_precision(model: Sequential, dtype: str = "float16", half_products: bo
         ValueError, ImportError: see `storage_dtype`.
     """
     if not isinstance(model, Sequential):
-        raise TypeError(f"mixed_precision: expected a Sequential, got {model!r}")
+        raise TypeError(f"mixed_precision: expected a Sequential, got {shown(model)}")
     storage = storage_dtype(dtype)
-    if half_products is None:
+    if half_products is not None:
+        check_flag(half_products, "half_products")
+    else:
         half_products = any(backend_of(parameter.value).xp is not np for parameter in model.parameters())
     single = next((parameter.value.dtype for parameter in model.parameters()), np.dtype(np.float32))
     return cast(Sequential, _stored(model, storage, single, False, half_products))
@@ -245,6 +257,7 @@ class GradScaler:
         """
         if self._unscaled:
             raise RuntimeError("GradScaler.unscale: the gradients are unscaled already; call step, then update")
+        parameters = check_parameters(parameters)
         self._unscaled, finite = True, True
         for parameter in parameters:
             gradient = parameter.gradient
@@ -259,7 +272,8 @@ class GradScaler:
 
         With several optimizers: a step for each, then one `update`. One overflow skips all steps that follow it.
         """
-        parameters = list(parameters)
+        check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
+        parameters = check_parameters(parameters)
         if not self._unscaled:
             self.unscale(parameters)
         self._unscaled = False
@@ -288,8 +302,9 @@ class GradScaler:
         """Go on from a save.
 
         Raises:
-            ValueError: an entry is missing, or not a number that can be.
+            TypeError, ValueError: no mapping, an entry is missing, or not a number that can be.
         """
+        check_kind(state, Mapping, "GradScaler.load_state_dict", "what state_dict() gives")  # type: ignore[type-abstract]
         missing = {"scale", "good_steps", "skipped_steps"} - set(state)
         if missing:
             raise ValueError(f"GradScaler.load_state_dict: missing {', '.join(sorted(missing))}")

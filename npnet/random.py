@@ -10,6 +10,7 @@ each draw is a function of (key of the layer, number of the step), computed by t
 (Salmon, Moraes, Dror & Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). The engine numbers the steps.
 """
 
+import math
 import os
 import random
 import threading
@@ -50,7 +51,7 @@ def as_generator(rng: RNG = None) -> np.random.Generator:
         return _state.generator
     if rng is None or isinstance(rng, np.random.Generator):
         return np.random.default_rng(rng)
-    return np.random.default_rng(check_whole(rng, "rng (a seed or a numpy.random.Generator)"))
+    return np.random.default_rng(check_whole(rng, "rng (a seed or a numpy.random.Generator)", most=math.inf))
 
 
 def set_seed(seed: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ from enum import Enum
 from itertools import groupby
 from typing import NamedTuple
 
-from npnet.checks import check_whole
+from npnet.checks import check_kind, check_whole, shown
 
 
 class Kind(Enum):
@@ -46,10 +46,30 @@ class Action(NamedTuple):
         return f"{self.kind.value} {self.layer}"
 
 
-def _action(kind: Kind | str, layer: int) -> Action:
+KINDS = {member.value: member for member in Kind}
+
+
+def _action(pair: tuple[Kind | str, int]) -> Action:
     """The action; kinds may be given by their names, as they are printed."""
-    names = {member.value: member for member in Kind}
-    return Action(names.get(kind, kind) if isinstance(kind, str) else kind, layer)  # type: ignore[arg-type]
+    if type(pair) is Action:
+        return pair
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"actions: expected pairs (kind, layer) such as ('forward', 1), got {shown(pair)}")
+    kind, layer = pair
+    return Action(KINDS.get(kind, kind) if isinstance(kind, str) else kind, layer)  # type: ignore[arg-type]
+
+
+def check_layers(numbers: Iterable[int], name: str) -> frozenset[int]:
+    """Numbers of layers as a set.
+
+    Raises:
+        TypeError, ValueError: they are not whole numbers from 1.
+    """
+    try:
+        given = list(numbers)
+    except TypeError:
+        raise TypeError(f"{name}: expected numbers of layers such as [2, 5], got {shown(numbers)}") from None
+    return frozenset(check_whole(number, f"a layer of {name}", least=1) for number in given)
 
 
 class Run(NamedTuple):
@@ -92,9 +112,13 @@ class Schedule(tuple[Action, ...]):
     def __new__(
         cls, actions: Iterable[tuple[Kind, int]], depth: int, name: str = "custom", needs_saved: Iterable[int] = ()
     ) -> "Schedule":
-        self = super().__new__(cls, (_action(*action) for action in actions))
-        depth = check_whole(depth, "depth", least=1)
-        self.depth, self.name, self.needs_saved = depth, name, frozenset(needs_saved)
+        try:
+            given = iter(actions)
+        except TypeError:
+            raise TypeError(f"actions: expected pairs (kind, layer), got {shown(actions)}") from None
+        self = super().__new__(cls, map(_action, given))
+        self.depth, self.name = check_whole(depth, "depth", least=1), check_kind(name, str, "name", "'every 3'")
+        self.needs_saved = check_layers(needs_saved, "needs_saved")
         self.steps = self._compile(self.needs_saved)
         return self
 
@@ -153,13 +177,16 @@ class Schedule(tuple[Action, ...]):
 
         A forward action *saves* when it is the layer's last: backward is next to need what it computed.
         """
-        last_forward = {action.layer: i for i, action in enumerate(self) if action.kind is FORWARD}
+        last_forward = {
+            each.layer: i for i, each in enumerate(self) if each.kind is FORWARD and type(each.layer) is int
+        }
         held, seen, steps = {0}, set[int](), list[Run]()
         next_backward = self.depth  # the layer at whose output the gradient is known
         for i, (kind, layer) in enumerate(self):
             problem = self._problem(kind, layer, held, next_backward)
             if problem:
-                raise InvalidSchedule(f"action {i} of {len(self)}, {getattr(kind, 'value', kind)} {layer}: {problem}")
+                what = kind.value if isinstance(kind, Kind) else kind if isinstance(kind, str) else shown(kind)
+                raise InvalidSchedule(f"action {i} of {len(self)}, {what} {shown(layer)}: {problem}")
             if kind is FORWARD:
                 held.add(layer)
             else:
@@ -175,7 +202,7 @@ class Schedule(tuple[Action, ...]):
 
     def _problem(self, kind: Kind, layer: int, held: set[int], next_backward: int) -> str:
         """Why this action cannot come now, or nothing."""
-        if not (isinstance(kind, Kind) and isinstance(layer, int) and 1 <= layer <= self.depth):
+        if not (isinstance(kind, Kind) and type(layer) is int and 1 <= layer <= self.depth):
             return f"expected a Kind and a layer from 1 to {self.depth}"
         if kind is FORWARD and layer > next_backward:
             return f"layer {layer} already had its backward pass"

@@ -8,11 +8,19 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
-from npnet.checks import check_whole
-from npnet.schedule import BACKWARD, DROP, FORWARD, Kind, Schedule
+from npnet.checks import check_whole, shown
+from npnet.schedule import BACKWARD, DROP, FORWARD, Kind, Schedule, check_layers
 
 ScheduleLike: TypeAlias = Schedule | str | Callable[[int], Schedule] | Iterable[tuple[Kind, int]]
 """What ``schedule=`` takes; see `as_schedule`."""
+
+MOST_LAYERS = 1_000_000
+"""A schedule is a list: of more layers it would take gigabytes."""
+
+
+def _check_depth(depth: int) -> int:
+    """``depth`` as an int, if a schedule can be made for it."""
+    return check_whole(depth, "depth", least=1, most=MOST_LAYERS)
 
 
 def none(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
@@ -41,7 +49,7 @@ def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
     >>> print(every_nth(3, 2))
     forward 1, forward 2, drop 1, forward 3, backward 3, forward 1, backward 2, backward 1
     """
-    depth, n = check_whole(depth, "depth", least=1), check_whole(n, "n")
+    depth, n = _check_depth(depth), check_whole(n, "n")
     if n <= 1:
         return none(depth, needs_saved)
     return _segments(depth, range(n, depth, n), needs_saved, f"every {n}")
@@ -55,7 +63,7 @@ def sqrt(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
     >>> sqrt(50).name
     'every 7'
     """
-    depth = check_whole(depth, "depth", least=1)
+    depth = _check_depth(depth)
     return every_nth(depth, round(math.sqrt(depth)), needs_saved)
 
 
@@ -78,8 +86,8 @@ def selective(depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int]
     forward 1, forward 2, drop 1, forward 3, drop 2, forward 4, backward 4,
     forward 1, forward 2, backward 3, backward 2, backward 1
     """
-    depth = check_whole(depth, "depth", least=1)
-    chosen = sorted({check_whole(layer, "a layer of checkpoints", least=1) for layer in checkpoints})
+    depth = _check_depth(depth)
+    chosen = sorted(check_layers(checkpoints, "checkpoints"))
     if chosen and chosen[-1] > depth:
         raise ValueError(f"checkpoints: expected layers from 1 to {depth}, got {chosen[-1]}")
     name = f"checkpoints at {', '.join(map(str, chosen))}" if len(chosen) <= 8 else f"{len(chosen)} chosen checkpoints"
@@ -88,7 +96,7 @@ def selective(depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int]
 
 def _segments(depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int], name: str) -> Schedule:
     """One pass up, which drops what is not a checkpoint, then segment by segment down."""
-    depth, needs_saved = check_whole(depth, "depth", least=1), frozenset(needs_saved)
+    depth, needs_saved = _check_depth(depth), check_layers(needs_saved, "needs_saved")
     starts = [0, *checkpoints]
     kept = {*starts, *range(starts[-1], depth + 1)}  # the last segment is kept from the pass up
     actions: list[tuple[Kind, int]] = []
@@ -126,7 +134,7 @@ def revolve(depth: int, slots: int | None = None, needs_saved: Iterable[int] = (
     >>> revolve(50, 7).extra_forwards
     105
     """
-    depth = check_whole(depth, "depth", least=1)
+    depth = _check_depth(depth)
     slots = 1 + math.ceil(math.log2(depth)) if slots is None else check_whole(slots, "slots", least=1)
     actions: list[tuple[Kind, int]] = []
     checkpoints: set[int] = set()
@@ -179,7 +187,7 @@ def as_schedule(schedule: ScheduleLike, depth: int, needs_saved: Iterable[int] =
     if isinstance(schedule, str):
         if schedule not in MAKERS:
             raise ValueError(
-                f"unknown schedule {schedule!r}; choose one of {', '.join(map(repr, MAKERS))}, or make one: "
+                f"unknown schedule {shown(schedule)}; choose one of {', '.join(map(repr, MAKERS))}, or make one: "
                 "npnet.schedules.every_nth(depth, n)"
             )
         schedule = MAKERS[schedule](depth, needs_saved=needs_saved)
@@ -194,5 +202,5 @@ def as_schedule(schedule: ScheduleLike, depth: int, needs_saved: Iterable[int] =
     except TypeError:
         raise TypeError(
             "schedule: expected a Schedule (npnet.schedules.every_nth(depth, n), say), a name, a function of the depth "
-            f"or a list of (kind, layer), got {schedule!r}"
+            f"or a list of (kind, layer), got {shown(schedule)}"
         ) from None

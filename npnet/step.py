@@ -1,9 +1,11 @@
 """One training step: gradients of one batch, or of several added up, and the update."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 from npnet.backend import Array
 from npnet.checkpoint import backpropagate, clear_gradients
+from npnet.checks import check_kind, check_number, check_whole, shown
 from npnet.failures import explained
 from npnet.layer import Layer, Pair, needs_saved
 from npnet.layers import Sequential
@@ -16,8 +18,14 @@ from npnet.schedules import ScheduleLike, as_schedule
 
 
 def as_chain(model: Layer) -> Sequential:
-    """The chain that a schedule runs over: a `Sequential` itself, else the model as a single layer."""
-    return model if isinstance(model, Sequential) else Sequential(model)
+    """The chain that a schedule runs over: a `Sequential` itself, else the model as a single layer.
+
+    Raises:
+        TypeError: not a layer.
+    """
+    if isinstance(model, Sequential):
+        return model
+    return Sequential(check_kind(model, Layer, "model", "mlp([784, 30, 10])"))
 
 
 class _OutputGradient:
@@ -26,7 +34,8 @@ class _OutputGradient:
     value = 0.0
 
     def __init__(self, loss: Loss, y: Array, weight: float = 1.0) -> None:
-        self.loss, self.y, self.weight = loss, y, weight
+        self.loss, self.y = check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()"), y
+        self.weight = check_number(weight, "weight", least=-math.inf)
 
     def __call__(self, output: Array) -> Array:
         value, gradient = self.loss.value_and_gradient(output, self.y)
@@ -80,7 +89,7 @@ def value_and_grad(
 
     Args, raises: as for `add_gradients`.
     """
-    clear_gradients([model])
+    clear_gradients(as_chain(model).layers)
     value = add_gradients(model, loss, x, y, schedule=schedule, determinism_check=determinism_check)
     return value, {name: parameter.take_gradient() for name, parameter in model.named_parameters().items()}
 
@@ -98,8 +107,20 @@ def train_step(
 ) -> float:
     """Forward, backward and update on one batch: `accumulated_step` with a single micro-batch."""
     return accumulated_step(
-        model, loss, optimizer, schedule, [(x, y)], len(x), clip_norm=clip_norm, streaming=streaming
+        model, loss, optimizer, schedule, [(x, y)], rows_of(x, "x"), clip_norm=clip_norm, streaming=streaming
     )
+
+
+def rows_of(array: Array, name: str) -> int:
+    """How many rows a batch has.
+
+    Raises:
+        TypeError: it is no array with rows.
+    """
+    try:
+        return len(array)
+    except TypeError:
+        raise TypeError(f"{name}: expected an array, (batch, features), got {shown(array)}") from None
 
 
 def accumulated_step(
@@ -137,15 +158,17 @@ def accumulated_step(
         OutOfMemory: memory ran out; see ``streaming``, and `npnet.failures.rehearse`.
         ValueError: the micro-batches end before, or in the middle of one; nothing was updated.
     """
-    clear_gradients([model])
+    clear_gradients(as_chain(model).layers)
+    check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
+    samples = check_whole(samples, "samples")
     value, seen = 0.0, 0
-    scale = 1.0 if scaler is None else scaler.get_scale()
+    scale = 1.0 if scaler is None else check_kind(scaler, GradScaler, "scaler", "GradScaler()").get_scale()
     at_once = streaming and clip_norm is None and scaler is None
     update = (lambda layer: optimizer.step(layer.parameters())) if at_once else None
     try:
-        for x, y in micro_batches:
-            seen += len(x)
-            if seen > samples:
+        for x, y in _pairs(micro_batches):
+            seen += rows_of(x, "micro_batches: x")
+            if seen > samples or not samples:
                 break
             value += add_gradients(
                 model,
@@ -159,7 +182,7 @@ def accumulated_step(
             )
             if seen == samples:
                 break
-        if seen != samples:
+        if seen != samples or not samples:
             raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")
         if at_once:
             return value
@@ -178,6 +201,22 @@ def accumulated_step(
         if scaler is not None:
             scaler.update()
     return value / scale
+
+
+def _pairs(micro_batches: Iterable[Pair]) -> Iterator[Pair]:
+    """The pairs, one by one.
+
+    Raises:
+        TypeError: they are not pairs.
+    """
+    try:
+        given = iter(micro_batches)
+    except TypeError:
+        raise TypeError(f"micro_batches: expected pairs (x, y), got {shown(micro_batches)}") from None
+    for pair in given:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"micro_batches: expected pairs (x, y), got {shown(pair)}")
+        yield pair[0], pair[1]
 
 
 def lazy_gradient(
@@ -205,6 +244,8 @@ def lazy_gradient(
     Raises:
         TrainingDiverged: the loss is not finite; all gradients are cleared.
     """
+    for name, half in (("before", before), ("after", after)):
+        check_kind(half, Sequential, name, "mlp([784, 30])")
     output_gradient = _OutputGradient(loss, y)
     plain = [as_schedule("none", len(half.layers), needs_saved(half.layers)) for half in (before, after)]
     try:

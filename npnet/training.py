@@ -9,7 +9,16 @@ from functools import partial
 
 from npnet.backend import Array, backend_of
 from npnet.checkpoint import digest
-from npnet.checks import check_no_nan, check_one_hot, check_pairs, check_whole
+from npnet.checks import (
+    check_callable,
+    check_flag,
+    check_kind,
+    check_no_nan,
+    check_number,
+    check_one_hot,
+    check_pairs,
+    check_whole,
+)
 from npnet.datasets import batches
 from npnet.failures import explained, rehearse
 from npnet.interrupts import Interrupts
@@ -92,14 +101,29 @@ def fit(
     """
     from tqdm.auto import tqdm
 
-    for name, given, kind in (("model", model, Sequential), ("loss", loss, Loss), ("optimizer", optimizer, Optimizer)):
-        if not isinstance(given, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__}, such as {_EXAMPLES[name]}, got {given!r}")
-    history = History() if history is None else history
+    check_kind(model, Sequential, "model", "mlp([784, 30, 10])")
+    check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()")
+    check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
+    flags = {"shuffle": shuffle, "decay": decay, "determinism_check": determinism_check, "log": log}
+    for name, flag in {**flags, "streaming": streaming}.items():
+        check_flag(flag, name)
+    if scaler is not None:
+        check_kind(scaler, GradScaler, "scaler", "GradScaler()")
+    if saver is not None:
+        check_kind(saver, Saver, "saver", "Saver('run.npz')")
+    if transform is not None:
+        check_callable(transform, "transform")
+    if clip_norm is not None:
+        clip_norm = check_number(clip_norm, "clip_norm")
+    history = History() if history is None else check_kind(history, History, "history", "History()")
+    if show is not None:
+        for texts in check_kind(show, Mapping, "show", "{'peak': '8 MB'}").items():  # type: ignore[type-abstract]
+            for text in texts:
+                check_kind(text, str, "show", "'8 MB'")
     epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
     at_once = streaming and clip_norm is None and scaler is None
     if memory_budget is not None:
-        if schedule != "none":
+        if not (isinstance(schedule, str) and schedule == "none"):
             raise ValueError("give schedule or memory_budget, not both")
         with _mode(model, training=True):
             schedule = plan(
@@ -114,15 +138,16 @@ def fit(
     schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
     prepared = transform or (lambda rows: rows)
     with _mode(model, training=False):
-        for name, pair in (("training data", training_data), ("test data", test_data)):
-            if pair is not None:
-                _check_data(model, loss, name, pair, prepared)
+        _check_data(model, loss, "training data", training_data, prepared)
+        if test_data is not None:
+            _check_data(model, loss, "test data", test_data, prepared)
     if test_data is not None:
         check_one_hot(test_data[1], "test data: y")
     x, y = training_data
     if batch_size > len(x):
         raise ValueError(f"batch_size: {batch_size} is more than the {len(x)} training samples")
-    window = batch_size * check_whole(accumulation_steps, "accumulation_steps", least=1)
+    accumulation_steps = check_whole(accumulation_steps, "accumulation_steps", least=1)
+    window = batch_size * accumulation_steps
     steps = -(-len(x) // window)
     step = partial(
         accumulated_step,
@@ -230,9 +255,6 @@ def _readings(losses: list[float], score: float | None, show: Mapping[str, str] 
     return {"loss": f"{statistics.fmean(losses[-100:]):.4f}", "test accuracy": accuracy, **(show or {})}
 
 
-_EXAMPLES = {"model": "mlp([784, 30, 10])", "loss": "SoftmaxCrossEntropy()", "optimizer": "Adam(1e-3)"}
-
-
 def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair, prepared: Callable[[Array], Array]) -> None:
     """Refuse data that do not fit, by running one row through the model."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -243,8 +265,8 @@ def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair, prepared: 
         raise ValueError(f"{name}: expected x of shape (samples, features), got {x.shape}")
     check_pairs(x, y, f"{name}: ")
     output = model.predict(prepared(x[:1]))
+    check_no_nan(y, f"{name}: y")
     loss.check_targets(y, output.shape[1])
     if y.dtype != output.dtype:
         raise TypeError(f"{name}: y has dtype {y.dtype}, the network {output.dtype}; convert with y.astype")
     check_no_nan(x, f"{name}: x")
-    check_no_nan(y, f"{name}: y")

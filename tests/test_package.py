@@ -62,6 +62,7 @@ ORDER = [
         "report",
         "summary",
         "device",
+        "plot_checks",
         "drawing",
         "animation",
         "plots",
