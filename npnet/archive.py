@@ -17,7 +17,7 @@ import numpy as np
 
 import npnet
 from npnet.backend import Array, to_host
-from npnet.checks import is_finite
+from npnet.checks import is_finite, shown
 from npnet.files import replacing
 
 FORMAT = 1
@@ -100,7 +100,7 @@ def check_name(path: str | os.PathLike[str]) -> tuple[Callable[..., None], Calla
     try:
         suffix = Path(path).suffix
     except TypeError:
-        raise TypeError(f"path: expected the name of a file, got {path!r}") from None
+        raise TypeError(f"path: expected the name of a file, got {shown(path)}") from None
     if suffix == ".npz":
         return _write_npz, _read_save
     if suffix == ".safetensors":

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from npnet.backend import Array, array_module, backend_of, to_backend, to_host
-from npnet.checks import check_kind, check_number
+from npnet.checks import check_kind, check_number, shown
 from npnet.layer import Parameter
 from npnet.losses import check_finite
 
@@ -97,6 +97,7 @@ class Optimizer:
         Args:
             parameters: by name, as from `npnet.Layer.named_parameters`.
         """
+        check_parameters(_check_mapping(parameters, "parameters", "model.named_parameters()").values())
         return {
             f"{kind}/{name}": to_host(value)
             for name, parameter in parameters.items()
@@ -109,10 +110,12 @@ class Optimizer:
         Raises:
             ValueError: an entry is missing, unknown, or does not fit; nothing is changed.
         """
+        _check_mapping(state, "state", "what state_dict gave")
+        check_parameters(_check_mapping(parameters, "parameters", "model.named_parameters()").values())
         kinds, fresh = ("steps", *self.state_names), {}
         known = {f"{kind}/{name}" for name in parameters for kind in kinds}
         if not set(state) <= known:
-            raise ValueError(f"load_state_dict: the state has unknown {', '.join(sorted(set(state) - known))}")
+            raise ValueError(f"load_state_dict: the state has unknown {', '.join(map(shown, set(state) - known))}")
         for name, parameter in parameters.items():
             given = {kind: to_host(state[f"{kind}/{name}"]) for kind in kinds if f"{kind}/{name}" in state}
             if not given:
@@ -135,6 +138,10 @@ class Optimizer:
         for parameter in parameters.values():
             self._state.pop(parameter, None)
         self._state |= fresh
+
+
+def _check_mapping(value: Any, name: str, example: str) -> Any:
+    return check_kind(value, Mapping, name, example)  # type: ignore[type-abstract]
 
 
 class SGD(Optimizer):

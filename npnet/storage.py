@@ -13,6 +13,7 @@ from npnet.archive import SaveError, read_archive
 from npnet.backend import Array, backend_of, to_backend
 from npnet.blocks import GELU, Dropout, LayerNorm, Residual
 from npnet.checkpoint import Checkpoint
+from npnet.checks import shown
 from npnet.layer import Parameter
 from npnet.layers import Dense, Linear, Sequential
 from npnet.network import Network
@@ -40,10 +41,17 @@ def load(path: str | os.PathLike[str], *, classes: Iterable[type[Savable]] = (),
         backend: where its arrays shall live; the current backend by default.
 
     Raises:
+        TypeError, ValueError: the path is no name of an .npz or .safetensors file, or ``classes`` are no classes.
         FileNotFoundError, OSError: there is no such file, or it cannot be read.
         SaveError: it is truncated, damaged, from a newer version, not npnet's, or names a class that is neither
             npnet's nor in ``classes``.
     """
+    try:
+        classes = tuple(classes)
+        if not all(isinstance(each, type) and issubclass(each, Savable) for each in classes):
+            raise TypeError
+    except TypeError:
+        raise TypeError(f"classes: expected a list of layers' or networks' classes, got {shown(classes)}") from None
     description, arrays = read_archive(path)
     return model_of(path, description, arrays, classes, backend)
 

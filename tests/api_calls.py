@@ -1,4 +1,4 @@
-"""What the tables of public calls (`tests.api_layers`, `api_training`, `api_rest`) are made of.
+"""What the tables of public calls (`tests.api_layers`, `api_training`, `api_saving`, `api_rest`) are made of.
 
 A name is that of a class, a function or a method, with a remark in brackets where there are several calls.
 """

@@ -125,6 +125,20 @@ call(
     show={"peak": "1 MB"},
     log=True,
 )
+call(
+    "fit [streaming]",
+    fitted,
+    model=MODEL,
+    training_data=PAIR,
+    loss=LOSS,
+    optimizer=npnet.SGD(0.1),
+    epochs=1,
+    batch_size=2,
+    streaming=True,
+    saver=None,
+    transform=None,
+    log=False,
+)
 
 
 def _copied() -> Any:

@@ -1,7 +1,7 @@
 """Everything public, called with hostile arguments: a right answer, or an error in npnet's own words.
 
-The calls are in `tests.api_layers`, `api_training` and `api_rest`; NPNET_FUZZ=10 tries ten times as many examples, and
-other ones each time.
+The calls are in `tests.api_layers`, `api_training`, `api_saving` and `api_rest`; NPNET_FUZZ=10 tries ten times as many
+examples, and other ones each time.
 """
 
 import copy
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import npnet
 from npnet.schedules import every_nth
-from tests import api_layers, api_rest, api_training  # noqa: F401 - they fill the table
+from tests import api_layers, api_rest, api_saving, api_training  # noqa: F401 - they fill the table
 from tests.api_calls import CALLS, LOSS, MODEL, X64, X, Y
 from tests.hostile import arrays_like, hostile
 from tests.outcomes import agree, attempt, faithful, plain
@@ -120,6 +120,9 @@ EXEMPT = {
     "accumulate": "the inner loop of the backward pass",
     "named_parameters": "its prefix is that of the model outside",
     "save_animation": "renders frame by frame",
+    "begin": "of a Saver: npnet.fit calls it with its own run",
+    "step_done": "of a Saver, too",
+    "save": "of a Saver, too; Sequential.save is there",
 }
 
 
