@@ -17,7 +17,7 @@ import numpy as np
 
 from npnet.backend import Array, backend_of
 from npnet.checkpoint import Checkpoint
-from npnet.checks import check_number, check_whole, is_finite
+from npnet.checks import check_float, check_number, check_whole, is_finite
 from npnet.layer import InPlaceLayer, Layer, LayerCost, Parameter, Saved
 from npnet.layers import Dense, Sequential
 from npnet.optimizers import Optimizer
@@ -53,7 +53,9 @@ class Stored(InPlaceLayer):
     """
 
     def __init__(self, inner: Layer, dtype: np.dtype[Any], single: np.dtype[Any], down: bool = True) -> None:
-        self.inner, self.dtype, self.single, self.down = inner, dtype, single, down
+        if not isinstance(inner, Layer):
+            raise TypeError(f"{type(self).__name__}: expected a layer, got {inner!r}")
+        self.inner, self.dtype, self.single, self.down = inner, dtype, check_float(single), bool(down)
         self.output_suffices = inner.output_suffices  # type: ignore[misc]
         features = getattr(inner, "in_features", None)
         if features is not None:
