@@ -102,6 +102,7 @@ def test_options_reach_the_training(small: Path, tmp_path: Path, capsys: pytest.
         "dtype": "float64",
         "exercise": False,
         "seed": 7,
+        "samples": 300,
     }
     assert [epoch["steps"] for epoch in metrics["epochs"]] == [3, 3]
     assert len(metrics["costs"]) == 1  # plain is what there is to compare with plain
