@@ -61,6 +61,8 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     _, read = check_name(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file")
     text, arrays = read(Path(path))
     try:
         description = json.loads(text, parse_constant=_refuse)

@@ -106,7 +106,7 @@ def new_step() -> int:
 
 @contextmanager
 def kept_streams() -> Iterator[None]:
-    """Whatever is drawn meanwhile from NumPy's global stream and from this thread's own is there afterwards, too."""
+    """Put NumPy's global stream, which is the whole process's, and this thread's own back to where they were."""
     before, own = np.random.get_state(), copy.deepcopy(_state.generator)
     try:
         yield
