@@ -65,7 +65,7 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
         raise IsADirectoryError(f"{path} is a folder, not a file")
     text, arrays = read(Path(path))
     try:
-        description = json.loads(text, parse_constant=_refuse)
+        description = json.loads(text, parse_constant=_refuse, parse_float=_finite)
         version, writer = description["format"], description["npnet"]
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise ValueError(f"format {version!r}")
@@ -86,6 +86,10 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse(text)
 
 
 def _say(error: Exception) -> str:
@@ -208,8 +212,9 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
 def _write_safetensors(file: IO[bytes], text: str, arrays: Mapping[str, Array]) -> None:
     from safetensors.numpy import save
 
-    # safetensors' NumPy writer corrupts arrays that are not contiguous, without a word.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # safetensors' NumPy writer corrupts arrays that are not contiguous, without a word; and np.ascontiguousarray makes
+    # single numbers (how many steps an optimizer took) arrays of one.
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # One entry: of several, safetensors writes now this one first, now that, and no two files would be equal.
     file.write(save(contiguous, {_DESCRIPTION: f"{_seal(text, contiguous)} {text}"}))
 
@@ -220,7 +225,7 @@ def _read_safetensors(path: Path) -> _Read:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: np.asfortranarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: np.asarray(file.get_tensor(name), order="F") for name in file.keys()}  # noqa: SIM118
     except (OSError, MemoryError):
         raise
     except Exception as error:
@@ -239,5 +244,5 @@ def _seal(text: str, arrays: Mapping[str, Array]) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
     return digest.hexdigest()

@@ -55,7 +55,9 @@ class Stored(InPlaceLayer):
     def __init__(self, inner: Layer, dtype: np.dtype[Any], single: np.dtype[Any], down: bool = True) -> None:
         if not isinstance(inner, Layer):
             raise TypeError(f"{type(self).__name__}: expected a layer, got {inner!r}")
-        self.inner, self.dtype, self.single, self.down = inner, dtype, check_float(single), bool(down)
+        if not isinstance(dtype, np.dtype) or not isinstance(single, np.dtype):
+            raise TypeError(f"{type(self).__name__}: expected dtypes, got {dtype!r} and {single!r}")
+        self.inner, self.dtype, self.single, self.down = inner, storage_dtype(dtype.name), check_float(single), down
         self.output_suffices = inner.output_suffices  # type: ignore[misc]
         features = getattr(inner, "in_features", None)
         if features is not None:
