@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -37,6 +37,7 @@ def fit(
     schedule: ScheduleLike = "none",
     memory_budget: float | str | None = None,
     test_data: Pair | None = None,
+    transform: Callable[[Array], Array] | None = None,
     rng: RNG = None,
     shuffle: bool = True,
     decay: bool = False,
@@ -61,6 +62,8 @@ def fit(
         schedule: what to keep and what to recompute; see `npnet.schedules.as_schedule`.
         memory_budget: instead, bytes or "20 MB": the most that a training step may take. The cheapest schedule for it
             is planned (`npnet.plan`). The batch is data, and not counted.
+        transform: what becomes of the rows of x, batch by batch: data may stay as they are stored, as bytes, say (see
+            `npnet.datasets.scaled`).
         rng: seed or generator of the shuffling.
         shuffle: False takes the samples in order.
         decay: let the learning rate fall linearly to zero over these epochs (Li, Yumer & Ramanan, "Budgeted
@@ -109,10 +112,11 @@ def fit(
                 accumulation_steps=accumulation_steps,
             ).schedule
     schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
+    prepared = transform or (lambda rows: rows)
     with _mode(model, training=False):
         for name, pair in (("training data", training_data), ("test data", test_data)):
             if pair is not None:
-                _check_data(model, loss, name, pair)
+                _check_data(model, loss, name, pair, prepared)
     if test_data is not None:
         check_one_hot(test_data[1], "test data: y")
     x, y = training_data
@@ -149,7 +153,7 @@ def fit(
         saver.begin(run)
     with Interrupts() as interrupts:
         if at_once and run.epoch < epochs:
-            few = x[:batch_size]
+            few = prepared(x[:batch_size])
             with _mode(model, training=True), explained(model, schedule, few, loss):
                 rehearse(
                     model.layers,
@@ -170,7 +174,8 @@ def fit(
                 mininterval=0.5,
             )
             try:
-                micro_batches = batches(x, y, batch_size, generator, shuffle, start=done * window)
+                raw = batches(x, y, batch_size, generator, shuffle, start=done * window)
+                micro_batches = ((prepared(rows), targets) for rows, targets in raw)
                 with _mode(model, training=True):
                     for position in range(done * window, len(x), window):
                         start = time.perf_counter()
@@ -187,7 +192,8 @@ def fit(
                             saver.step_done(run, ending=interrupts.pending is not None)
                         interrupts.check()
                 with _mode(model, training=False):
-                    score = accuracy(model.predict, *test_data) if test_data is not None else None
+                    if test_data is not None:
+                        score = accuracy(lambda rows: model.predict(prepared(rows)), *test_data)
                 progress.set_postfix(_readings(run.losses, score, show))
             except TrainingDiverged as error:
                 at = f"epoch {len(history.epochs) + 1}, step {min(len(run.losses) + 1, steps)} of {steps}"
@@ -227,7 +233,7 @@ def _readings(losses: list[float], score: float | None, show: Mapping[str, str] 
 _EXAMPLES = {"model": "mlp([784, 30, 10])", "loss": "SoftmaxCrossEntropy()", "optimizer": "Adam(1e-3)"}
 
 
-def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair) -> None:
+def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair, prepared: Callable[[Array], Array]) -> None:
     """Refuse data that do not fit, by running one row through the model."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"{name}: expected a pair (x, y), got {type(pair).__name__}")
@@ -236,7 +242,7 @@ def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair) -> None:
     if x.ndim != 2 or not len(x):
         raise ValueError(f"{name}: expected x of shape (samples, features), got {x.shape}")
     check_pairs(x, y, f"{name}: ")
-    output = model.predict(x[:1])
+    output = model.predict(prepared(x[:1]))
     loss.check_targets(y, output.shape[1])
     if y.dtype != output.dtype:
         raise TypeError(f"{name}: y has dtype {y.dtype}, the network {output.dtype}; convert with y.astype")
