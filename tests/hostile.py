@@ -92,6 +92,8 @@ def description(text: str, rng: random.Random) -> str:
     tree = {"": json.loads(text)}
     raw: dict[str, str] = {}
     for _ in range(rng.choice((1, 1, 2))):
+        if not tree:  # all of it is gone
+            break
         *path, key = rng.choice(_paths(tree)[1:])
         parent, what = _at(tree, tuple(path)), rng.random()
         if what < 0.5:
@@ -107,7 +109,7 @@ def description(text: str, rng: random.Random) -> str:
             parent[key:key] = [parent[key]] * rng.choice((1, 2, 50))
         else:
             parent[key] = json.loads(json.dumps(_at(tree, rng.choice(_paths(tree)))))
-    said = json.dumps(tree.get(""))
+    said = json.dumps(tree[""]) if tree else ""
     for mark, token in raw.items():
         said = said.replace(mark, token)
     return said

@@ -1,6 +1,8 @@
 """Whether reading a file went as it must: an error of npnet's or the right result, in bounds, quietly."""
 
 import faulthandler
+import os
+import random
 import resource
 import sys
 import time
@@ -12,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+TIMES = float(os.environ.get("NPNET_FUZZ", "1"))
+SEED = int(os.environ.get("NPNET_FUZZ_SEED", "0"))
 CONSTANT, MULTIPLE = 2_000_000, 12  # bytes that reading may take: these, and so many for each byte of the file
 SECONDS = 2.0  # of the processor
 
@@ -79,3 +83,14 @@ class Judge:
         self.seen[outcome] += 1
         if problem:
             self.wrong.append((number, problem[:500]))
+
+
+def cases(count: int, name: str) -> list[random.Random]:
+    """A generator for each case, so that each can be repeated alone."""
+    return [random.Random(f"{SEED} {name} {number}") for number in range(int(count * TIMES))]
+
+
+def finish(judge: Judge, *expected: str) -> None:
+    print(f"{sum(judge.seen.values())} files: {dict(judge.seen)}")
+    assert not judge.wrong, f"{len(judge.wrong)} of {dict(judge.seen)}: {judge.wrong[:5]}"
+    assert judge.seen.keys() >= set(expected)

@@ -3,10 +3,8 @@
 NPNET_FUZZ=20 reads twenty times as many, NPNET_FUZZ_SEED=1 others.
 """
 
-import os
 import random
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +14,15 @@ import pytest
 import npnet
 from npnet import SaveError, Sequential
 from npnet.archive import read_archive
-from npnet.datasets import DataError, load_diabetes, load_mnist
 from npnet.layer import KindError, ShapeError
 from tests import hostile
-from tests.judge import Judge
+from tests.judge import Judge, cases, finish
 from tests.mutations import mutated
 from tests.saved_models import is_same
-from tests.small_mnist import random_digits, write
 from tests.test_damaged_data import Trap
 
-TIMES = float(os.environ.get("NPNET_FUZZ", "1"))
-SEED = int(os.environ.get("NPNET_FUZZ_SEED", "0"))
 SUFFIXES = (".npz", ".safetensors")
 each_format = pytest.mark.parametrize("suffix", SUFFIXES)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """In memory where that is possible: a disk takes longer than npnet."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
-        yield Path(name)
-
-
-def cases(count: int, name: str) -> list[random.Random]:
-    """A generator for each case, so that each can be repeated alone."""
-    return [random.Random(f"{SEED} {name} {number}") for number in range(int(count * TIMES))]
-
-
-def finish(judge: Judge, *expected: str) -> None:
-    print(f"{sum(judge.seen.values())} files: {dict(judge.seen)}")
-    assert not judge.wrong, f"{len(judge.wrong)} of {dict(judge.seen)}: {judge.wrong[:5]}"
-    assert judge.seen.keys() >= set(expected)
 
 
 # Models.
@@ -241,63 +216,6 @@ def test_hostile_training_runs(folder: Path, scaled: bool) -> None:
         for rng in cases(200, f"hostile runs {scaled}"):
             judge(attacked(".npz", said, arrays, rng), lambda run: "" if len(run.history.epochs) else "no history")
     finish(judge, "SaveError", "ValueError", "read")
-
-
-# Data.
-
-
-def test_damaged_and_hostile_mnist(folder: Path) -> None:
-    digits, others = random_digits(2, 1), random_digits(3, 2, seed=1)
-    files = [
-        write(folder / f"{number}.npz", arrays, compressed).read_bytes()
-        for number, (arrays, compressed) in enumerate([(digits, False), (digits, True), (others, False)])
-    ]
-    originals = [load_mnist(write(folder, arrays)) for arrays in (digits, others)]
-
-    def check(loaded: Any) -> str:
-        (x, y), (x_test, y_test) = loaded
-        like = x.shape[1:] == x_test.shape[1:] == (784,) and y.shape[1:] == y_test.shape[1:] == (10,)
-        return "" if like and x.min(initial=0) >= 0 and x.max(initial=0) <= 1 else "no digits"
-
-    def check_same(loaded: Any) -> str:
-        pairs = [list(zip((*a[0], *a[1]), (*loaded[0], *loaded[1]), strict=True)) for a in originals]
-        return "" if any(all(np.array_equal(a, b) for a, b in pair) for pair in pairs) else "other digits"
-
-    with Judge(folder / "mnist.npz", load_mnist, (DataError,)).judging() as judge:
-        for rng in cases(1000, "mnist bytes"):
-            judge(mutated(rng.choice(files), rng.choice(files), rng), check_same)
-        for rng in cases(400, "mnist hostile"):
-            arrays = hostile.arrays(digits, rng) if rng.random() < 0.4 else digits
-            attack = hostile.bomb(2 * 10**8, digits) if rng.random() < 0.005 else hostile.npz(arrays, rng)
-            judge(attack, check)
-    finish(judge, "DataError", "read")
-
-
-CELLS = ("1e400", "nan", "-inf", "1" * 400, "0x10", "1_0", "", " ", "é", "'", "1e300", "9" * 10**5, "\0", "1,2", "2")
-
-
-def test_damaged_and_hostile_tables(folder: Path) -> None:
-    content = (Path(__file__).parents[1] / "data" / "diabetes.csv").read_bytes()
-    columns = [line.split(",") for line in content.decode().splitlines()]
-
-    def check(loaded: Any) -> str:
-        x, y = loaded
-        right = (x.shape, y.shape, x.dtype) == ((768, 8), (768, 1), np.float32)
-        return "" if right and np.isfinite(x).all() and np.isin(y, (0, 1)).all() else "no table"
-
-    def read(file: Path) -> Any:
-        return load_diabetes(file, np.float32, standardize=True)
-
-    with Judge(folder / "diabetes.csv", read, (DataError,)).judging() as judge:
-        for rng in cases(250, "table bytes"):
-            judge(mutated(content, content, rng), check)
-        for rng in cases(150, "table cells"):
-            rows, cell, everywhere = [list(row) for row in columns], rng.choice(CELLS), rng.random() < 0.2
-            for row in rows if everywhere else [rng.choice(rows)]:
-                row[rng.randrange(9) if not everywhere else 3] = cell
-            judge("\n".join(",".join(row) for row in rows).encode(), check)
-        judge(b"1," * 10**7, check)
-    finish(judge, "DataError", "read")
 
 
 # Nothing is executed.
