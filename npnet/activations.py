@@ -137,7 +137,6 @@ class Softmax(Activation):
     """
 
     flops = (5, 4)
-    slope_arrays = 0
 
     def check_input(self, x: Array) -> None:
         super().check_input(x)
@@ -154,7 +153,7 @@ class Softmax(Activation):
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
         _, y = saved
         xp = array_module(dy)
-        xp.subtract(dy, xp.einsum("ij,ij->i", dy, y)[:, None], out=dy)
+        xp.subtract(dy, xp.multiply(dy, y).sum(axis=1, keepdims=True), out=dy)
         xp.multiply(dy, y, out=dy)
         return dy
 

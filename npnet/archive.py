@@ -4,10 +4,12 @@ Nothing in such a file is ever executed (no pickle), nothing in it is believed: 
 length before memory is taken for it, and each array has a checksum (CRC-32 in .npz, SHA-256 over all in .safetensors).
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -59,9 +61,11 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     _, read = check_name(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file")
     text, arrays = read(Path(path))
     try:
-        description = json.loads(text, parse_constant=_refuse)
+        description = json.loads(text, parse_constant=_refuse, parse_float=_finite)
         version, writer = description["format"], description["npnet"]
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise ValueError(f"format {version!r}")
@@ -82,6 +86,10 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse(text)
 
 
 def _say(error: Exception) -> str:
@@ -146,49 +154,69 @@ def read_npz(path: Path, most_bytes: int) -> Iterator[tuple[str, Array]]:
             if file.read(2) != b"PK":
                 raise SaveError(f"{path}: not an .npz file")
             with zipfile.ZipFile(file) as archive:
-                members = archive.infolist()
-                if sum(member.file_size for member in members) > most_bytes:
-                    raise SaveError(f"{path}: damaged, it claims to hold more than the {most_bytes} bytes that it can")
-                if len({member.filename for member in members}) < len(members):
+                members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+                if len(members) < len(archive.infolist()):
                     raise SaveError(f"{path}: damaged, two of its arrays have the same name")
-                for member in members:
+                if sum(member.file_size for member in members.values()) > most_bytes:
+                    raise SaveError(f"{path}: damaged, it claims to hold more than the {most_bytes} bytes that it can")
+                for name, member in members.items():
+                    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                        raise ValueError("compressed in an unknown way")  # LZMA's dictionary alone may take 4 GB
                     with archive.open(member) as stream:
-                        yield member.filename.removesuffix(".npy"), _read_array(stream, member.file_size)
-    except (OSError, SaveError, MemoryError):
-        raise
-    except Exception as error:  # whatever zipfile, zlib and NumPy's header parser say of a damaged file
+                        yield name, _read_array(stream, member.file_size)
+    except Exception as error:  # whatever zipfile and zlib say of a damaged file
+        misplaced = isinstance(error, OSError) and error.errno == errno.EINVAL  # zipfile was led to before the start
+        if isinstance(error, (SaveError, MemoryError)) or (isinstance(error, OSError) and not misplaced):
+            raise
         raise SaveError(f"{path}: truncated or damaged ({_say(error)})") from error
 
 
 _CHUNK = 2**20  # bytes that are read at a time
+_HEADER = re.compile(
+    r"\{'descr': '([<>|=](?:[biufcSUV]\d+|O))', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \}\s*"
+)
+"""What NumPy writes. NumPy itself reads it with Python's parser, which warns, and takes long, where it is damaged."""
 
 
 def _read_array(stream: IO[bytes], size: int) -> Array:
     """An array in the .npy format, of ``size`` bytes with its header."""
-    if np.lib.format.read_magic(stream) != (1, 0):
+    start = stream.read(10)
+    if start[:8] != b"\x93NUMPY\1\0":
         raise ValueError("an array in an unknown format")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    length = int.from_bytes(start[8:], "little")
+    header = _HEADER.fullmatch(stream.read(length).decode("latin1"))
+    if not header:
+        raise ValueError("an array whose header cannot be read")
+    dtype, shape = np.dtype(header[1]), tuple(int(each) for each in header[3].split(",") if each.strip())
     if dtype.hasobject:
         raise ValueError("it holds pickled objects, which could run any code; npnet never loads such files")
-    if math.prod(shape) * dtype.itemsize != size - stream.tell():
+    if math.prod(shape) * dtype.itemsize != size - 10 - length:
         raise ValueError(f"an array claims shape {shape}, which is not what there is")
-    array = np.empty(shape, dtype, order="F" if fortran_order else "C")
+    array = np.empty(shape, dtype, order="F" if header[2] == "True" else "C")
     content = array.reshape(-1, order="A").view(np.uint8)  # the same memory
-    for start in range(0, len(content), _CHUNK):
-        piece = stream.read(min(_CHUNK, len(content) - start))
-        content[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
+    for begin in range(0, len(content), _CHUNK):
+        piece = content[begin : begin + _CHUNK]
+        piece[:] = np.frombuffer(_exactly(stream, len(piece)), np.uint8)
     if stream.read(1):  # at its end the checksum is compared
         raise ValueError("an array is longer than it claims")
     return array
 
 
+def _exactly(stream: IO[bytes], count: int) -> bytes:
+    piece = stream.read(count)
+    if len(piece) < count:
+        raise ValueError("an array is shorter than it claims")
+    return piece
+
+
 def _write_safetensors(file: IO[bytes], text: str, arrays: Mapping[str, Array]) -> None:
     from safetensors.numpy import save
 
-    # safetensors' NumPy writer corrupts arrays that are not contiguous, without a word.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    seal = _seal(text, contiguous)
-    file.write(save(contiguous, {_DESCRIPTION: text, "sha256": seal}))
+    # safetensors' NumPy writer corrupts arrays that are not contiguous, without a word; and np.ascontiguousarray makes
+    # single numbers (how many steps an optimizer took) arrays of one.
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    # One entry: of several, safetensors writes now this one first, now that, and no two files would be equal.
+    file.write(save(contiguous, {_DESCRIPTION: f"{_seal(text, contiguous)} {text}"}))
 
 
 def _read_safetensors(path: Path) -> _Read:
@@ -197,16 +225,17 @@ def _read_safetensors(path: Path) -> _Read:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: np.asfortranarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: np.asarray(file.get_tensor(name), order="F") for name in file.keys()}  # noqa: SIM118
     except (OSError, MemoryError):
         raise
     except Exception as error:
         raise SaveError(f"{path}: truncated, damaged or not a .safetensors file ({_say(error)})") from error
     if _DESCRIPTION not in metadata:
         raise SaveError(f"{path}: not saved by npnet; its arrays alone go into a model with model.load_state_dict")
-    if metadata.get("sha256") != _seal(metadata[_DESCRIPTION], arrays):
+    seal, _, text = metadata[_DESCRIPTION].partition(" ")
+    if seal != _seal(text, arrays):
         raise SaveError(f"{path}: damaged, its checksum is another")
-    return metadata[_DESCRIPTION].encode(), arrays
+    return text.encode(), arrays
 
 
 def _seal(text: str, arrays: Mapping[str, Array]) -> str:
@@ -215,5 +244,5 @@ def _seal(text: str, arrays: Mapping[str, Array]) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
     return digest.hexdigest()

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from npnet.archive import SaveError, read_npz
 from npnet.backend import Array, backend_of, to_host
 from npnet.checks import check_flag, check_float, check_number, check_pairs, check_room, check_whole, shown
 from npnet.layer import Pair
 from npnet.random import RNG, as_generator
 
 DIABETES_FILE = "diabetes.csv"
+_MOST_DIABETES = 768 * 9 * 32  # bytes; no number is written in more than 32
 MNIST_FILE = "mnist.npz"
 MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 MNIST_URL_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
@@ -29,6 +31,7 @@ MNIST_ARRAYS: dict[str, tuple[tuple[int, ...], str]] = {
     "x_test": ((10000, 28, 28), "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"),
     "y_test": ((10000,), "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5"),
 }
+_MOST_MNIST = 2 * sum(math.prod(shape) for shape, _ in MNIST_ARRAYS.values())  # bytes; files that hold more are refused
 _HOW = "get it with `npnet data fetch`, or copy data/mnist.npz from the npnet repository"
 
 
@@ -78,13 +81,17 @@ def read_mnist(path: str | os.PathLike[str] | None = None) -> dict[str, npt.NDAr
     """
     file = find_mnist(path)
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in MNIST_ARRAYS}
-    except KeyError as error:
+        stored = dict(read_npz(file, _MOST_MNIST))
+    except (SaveError, OSError) as error:
+        cause = str(error).removeprefix(f"{file}: ")
+        raise DataError(f"{file}: truncated, damaged or not an .npz file ({cause}); delete it, and {_HOW}") from error
+    missing = [name for name in MNIST_ARRAYS if name not in stored]
+    if missing:
         expected = ", ".join(MNIST_ARRAYS)
-        raise DataError(f"{file}: not an MNIST file ({error}); expected {expected}; delete it, and {_HOW}") from None
-    except Exception as error:  # whatever zipfile, zlib and NumPy's header parser say of a damaged file
-        raise DataError(f"{file}: truncated, damaged or not an .npz file ({error}); delete it, and {_HOW}") from error
+        raise DataError(
+            f"{file}: not an MNIST file (no {', '.join(missing)}); expected {expected}; delete it, and {_HOW}"
+        )
+    arrays = {name: stored[name] for name in MNIST_ARRAYS}
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         images = x.dtype == np.uint8 and x.ndim == 3 and x.shape[1:] == (28, 28)
@@ -241,15 +248,20 @@ def load_diabetes(
     """
     dtype, standardize = check_float(dtype), check_flag(standardize, "standardize")
     file = _find(DIABETES_FILE, path, "diabetes", "copy data/diabetes.csv from the npnet repository")
+    if file.stat().st_size > _MOST_DIABETES:
+        raise DataError(f"{file}: not the diabetes data: more than {_MOST_DIABETES} bytes")
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         # Not np.loadtxt: to silence its warning of a file without rows would disturb other threads.
         table = np.array([line.split(",") for line in lines if line.strip()], np.float64)
     except (ValueError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: damaged, or not a table of numbers ({error})") from error
-    if table.shape != (768, 9) or not np.isin(table[:, 8], (0, 1)).all() or not np.isfinite(table).all():
+    measured = table.shape == (768, 9) and (np.abs(table) < 1e4).all()  # not NaN, nor what overflows
+    if not measured or not np.isin(table[:, 8], (0, 1)).all():
         raise DataError(f"{file}: expected 768 rows of 8 features and a 0 or 1, got shape {table.shape}")
     x, y = table[:, :8], table[:, 8:]
+    if standardize and not x.std(axis=0).all():
+        raise DataError(f"{file}: a feature is the same for all patients, and cannot be standardized")
     if standardize:
         x = (x - x.mean(axis=0)) / x.std(axis=0)
     return x.astype(dtype), y.astype(dtype)

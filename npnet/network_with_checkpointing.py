@@ -63,8 +63,8 @@ class NetworkWithCheckpointing(Network):
 
     def config(self) -> dict[str, Any]:
         config = super().config()
-        schedule = config.pop("schedule")
-        if not self._every and self.memory_budget is None:
+        schedule = config.pop("schedule", None)  # a subclass may take none
+        if schedule is not None and not self._every and self.memory_budget is None:
             config["schedule"] = {
                 "actions": [(kind.value, layer) for kind, layer in schedule],
                 "depth": schedule.depth,

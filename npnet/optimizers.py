@@ -9,7 +9,7 @@ alive together. Both give the same numbers.
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,6 +52,9 @@ class Optimizer:
     def state_names(self) -> tuple[str, ...]:
         """The arrays of a parameter's size that are kept from step to step."""
         return ()
+
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    """Those of them that hold squares."""
 
     def step(self, parameters: Iterable[Parameter]) -> None:
         """Update every parameter that has a gradient, and set the gradient to None.
@@ -124,7 +127,7 @@ class Optimizer:
             if missing:
                 raise ValueError(f"load_state_dict: the state lacks {', '.join(sorted(missing))} of {name}")
             steps, weight = given.pop("steps"), parameter.value
-            if steps.shape != () or steps.dtype.kind not in "iu" or steps < 0:
+            if steps.shape != () or steps.dtype.kind not in "iu" or not 0 <= steps < 2**62:
                 raise ValueError(f"load_state_dict: steps/{name}: expected a whole number, got {steps!r}")
             for kind, array in given.items():
                 if array.shape != weight.shape or array.dtype != weight.dtype:
@@ -132,6 +135,8 @@ class Optimizer:
                         f"load_state_dict: {kind}/{name}: expected shape {weight.shape} and dtype {weight.dtype}, got "
                         f"{array.shape} and {array.dtype}"
                     )
+                if kind in self.not_negative and array.size and array.min() < 0:
+                    raise ValueError(f"load_state_dict: {kind}/{name}: expected numbers of at least 0")
             backend = backend_of(weight).name
             arrays = {kind: to_backend(array.copy(order="K"), backend) for kind, array in given.items()}
             fresh[parameter] = {**arrays, "steps": int(steps)}
@@ -195,6 +200,8 @@ class Adam(Optimizer):
     @property
     def state_names(self) -> tuple[str, ...]:
         return "mean", "square"
+
+    not_negative = ("square",)
 
     def _update(self, parameter: Parameter, gradient: Array) -> None:
         xp, weight, state = array_module(gradient), parameter.value, self._state[parameter]

@@ -17,7 +17,7 @@ import numpy as np
 
 from npnet.backend import Array, array_module, backend_of
 from npnet.checkpoint import Checkpoint
-from npnet.checks import check_flag, check_kind, check_number, check_whole, is_finite, shown
+from npnet.checks import check_flag, check_float, check_kind, check_number, check_whole, is_finite, shown
 from npnet.layer import InPlaceLayer, Layer, LayerCost, Parameter, Saved
 from npnet.layers import Dense, Sequential
 from npnet.optimizers import Optimizer, check_parameters
@@ -53,7 +53,11 @@ class Stored(InPlaceLayer):
     """
 
     def __init__(self, inner: Layer, dtype: np.dtype[Any], single: np.dtype[Any], down: bool = True) -> None:
-        self.inner, self.dtype, self.single, self.down = inner, dtype, single, down
+        if not isinstance(inner, Layer):
+            raise TypeError(f"{type(self).__name__}: expected a layer, got {inner!r}")
+        if not isinstance(dtype, np.dtype) or not isinstance(single, np.dtype):
+            raise TypeError(f"{type(self).__name__}: expected dtypes, got {dtype!r} and {single!r}")
+        self.inner, self.dtype, self.single, self.down = inner, storage_dtype(dtype.name), check_float(single), down
         self.output_suffices = inner.output_suffices  # type: ignore[misc]
         features = getattr(inner, "in_features", None)
         if features is not None:

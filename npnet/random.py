@@ -10,6 +10,7 @@ each draw is a function of (key of the layer, number of the step), computed by t
 (Salmon, Moraes, Dror & Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). The engine numbers the steps.
 """
 
+import copy
 import math
 import os
 import random
@@ -104,6 +105,18 @@ def new_step() -> int:
     return _state.next_step - 1
 
 
+@contextmanager
+def kept_streams() -> Iterator[None]:
+    """Put NumPy's global stream, which is the whole process's, and this thread's own back to where they were."""
+    before, own = np.random.get_state(), copy.deepcopy(_state.generator)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+        if _state.generator is not None and own is not None:
+            _state.generator.bit_generator.state = own.bit_generator.state
+
+
 def next_step() -> int:
     """The number that the next step of this thread will have."""
     return _state.next_step
@@ -111,7 +124,10 @@ def next_step() -> int:
 
 def set_next_step(step: int) -> None:
     """Number the steps of this thread from ``step`` on: that of a run that is gone on with."""
-    _state.next_step = check_whole(step, "step")
+    step = check_whole(step, "step")
+    if step >= 2**63:
+        raise ValueError(f"step: expected a whole number below 2^63, got {step}")
+    _state.next_step = step
 
 
 def current_step() -> int:

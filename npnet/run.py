@@ -110,9 +110,11 @@ class TrainingRun:
         """
         parameters, bits = self.model.named_parameters(), self.generator.bit_generator
         history, before = [_epoch(row) for row in said["history"]], check_whole(said["epochs_before"], "epochs_before")
-        losses, seconds = arrays["run/losses"], check_number(said["seconds"], "seconds")
+        losses, seconds = arrays["run/losses"], check_number(said["seconds"], "seconds", below=1e18)
         if before > len(history) or losses.ndim != 1 or losses.dtype != np.float64:
             raise ValueError("the history contradicts itself")
+        if any(arrays[name].dtype != each.value.dtype for name, each in parameters.items()):
+            raise ValueError("the arrays are of another dtype")
         remembered = {name.removeprefix("optimizer/"): each for name, each in arrays.items() if name.startswith("opt")}
         with ExitStack() as undo:  # all of it, or nothing
             undo.callback(setattr, bits, "state", bits.state)

@@ -15,6 +15,9 @@ from npnet.backend import Array
 NOT_SAVED = ("rng", "backend", "initializer")
 """Arguments that say how a model begins, or where: not what it is."""
 
+FLOATS = ("float16", "float32", "float64", "bfloat16")
+"""The dtypes that every machine has."""
+
 
 class HasValue(Protocol):
     """A `npnet.layer.Parameter`, as far as it matters here."""
@@ -33,18 +36,19 @@ class Savable:
         """The arguments that make a model like this one, without its numbers.
 
         By default the attributes that are called like the constructor's arguments (scikit-learn's convention). A class
-        of your own keeps to that, or writes this method.
+        of your own keeps to that, or writes this method. (``rng``, ``backend``, ``initializer`` and ``dtype`` need not
+        be kept: the arrays say what became of them.)
 
         Raises:
-            TypeError: an argument without default is not kept in an attribute of its name.
+            TypeError: an argument is not kept in an attribute of its name.
         """
         config: dict[str, Any] = {}
-        for name, parameter in inspect.signature(type(self)).parameters.items():
+        for name in inspect.signature(type(self)).parameters:
             if name in NOT_SAVED:
                 continue
             if hasattr(self, name):
                 config[name] = getattr(self, name)
-            elif parameter.default is parameter.empty:
+            elif name != "dtype":
                 raise TypeError(
                     f"{type(self).__name__} cannot be saved: keep its argument {name!r} in an attribute of that name, "
                     "or give it a method config() that returns the arguments to make it with"
@@ -57,7 +61,7 @@ class Savable:
         Raises:
             TypeError: an argument is nothing that JSON can hold.
         """
-        kind = type(self).__name__
+        kind = kind_of(type(self))
         return {"kind": kind, "config": {name: as_json(each, f"{kind}.{name}") for name, each in self.config().items()}}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -77,6 +81,11 @@ class Savable:
         write_archive(path, {"model": self.description()}, arrays)
 
 
+def kind_of(kind: type[Savable]) -> str:
+    """What a file calls the class; a notebook's ``Network`` is not mistaken for npnet's."""
+    return kind.__name__ if kind.__module__.startswith("npnet.") else f"own.{kind.__name__}"
+
+
 def as_json(value: Any, name: str) -> Any:
     """``value`` in what JSON has; `npnet.storage` turns it back.
 
@@ -85,7 +94,9 @@ def as_json(value: Any, name: str) -> Any:
     """
     if isinstance(value, Savable):
         return value.description()
-    if isinstance(value, np.dtype):
+    if isinstance(value, type) and issubclass(value, np.floating):
+        value = np.dtype(value)
+    if isinstance(value, np.dtype) and value.name in FLOATS and value.isnative:
         return {"dtype": value.name}
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -93,8 +104,8 @@ def as_json(value: Any, name: str) -> Any:
         return int(value)
     if isinstance(value, numbers.Real) and math.isfinite(value):
         return float(value)
-    if isinstance(value, Mapping):
-        return {str(key): as_json(each, f"{name}[{key!r}]") for key, each in value.items()}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: as_json(each, f"{name}[{key!r}]") for key, each in value.items()}
     if isinstance(value, (Sequence, np.ndarray)):
         return [as_json(each, f"{name}[{index}]") for index, each in enumerate(value)]
     raise TypeError(f"{name}: {value!r} cannot be saved; expected numbers, texts, lists or layers")

@@ -68,7 +68,10 @@ class Saver:
         said = description.get("run")
         if not isinstance(said, dict) or not isinstance(said.get("conditions"), dict):
             raise SaveError(f"{self.path}: a model without a training to go on with; npnet.load gives the model")
-        unlike = difference({"model": description["model"], **said["conditions"]}, self._conditions(run))
+        try:
+            unlike = difference({"model": description.get("model"), **said["conditions"]}, self._conditions(run))
+        except RecursionError:  # lists in lists in lists
+            raise SaveError(f"{self.path}: damaged, its description cannot be read") from None
         if unlike:
             raise ValueError(f"{self.path} is the save of another training: {unlike}")
         try:

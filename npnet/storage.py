@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from npnet.activations import ACTIVATIONS
 from npnet.archive import SaveError, read_archive
-from npnet.backend import Array, backend_of, to_backend
+from npnet.backend import Array, backend_of, get_backend, to_backend
 from npnet.blocks import GELU, Dropout, LayerNorm, Residual
 from npnet.checkpoint import Checkpoint
 from npnet.checks import shown
@@ -19,7 +20,8 @@ from npnet.layers import Dense, Linear, Sequential
 from npnet.network import Network
 from npnet.network_with_checkpointing import NetworkWithCheckpointing
 from npnet.precision import HalfProducts, Stored, storage_dtype
-from npnet.savable import Savable
+from npnet.random import kept_streams
+from npnet.savable import NOT_SAVED, Savable, kind_of
 from npnet.schedule import Schedule
 
 KINDS: dict[str, type[Savable]] = {
@@ -45,6 +47,8 @@ def load(path: str | os.PathLike[str], *, classes: Iterable[type[Savable]] = (),
         FileNotFoundError, OSError: there is no such file, or it cannot be read.
         SaveError: it is truncated, damaged, from a newer version, not npnet's, or names a class that is neither
             npnet's nor in ``classes``.
+        ImportError: .safetensors needs the package safetensors, bfloat16 the package ml_dtypes.
+        ValueError, BackendUnavailable: see `npnet.get_backend`.
     """
     try:
         classes = tuple(classes)
@@ -68,18 +72,24 @@ def model_of(
     Raises:
         SaveError: as for `load`.
     """
-    known = KINDS | {each.__name__: each for each in classes}
+    own, backend = {kind_of(each): each for each in classes}, get_backend(backend).name
+    known = KINDS | own
     arrays = {name: array for name, array in arrays.items() if "/" not in name}  # the others are the optimizer's
     try:
         said = description["model"]
-        if _numbers_in(said) > sum(array.size for array in arrays.values()):
+        if _numbers_in(said, known) > sum(array.size for array in arrays.values()):
             raise ValueError("it describes more parameters than it holds")
         dtype = next((array.dtype for array in arrays.values()), np.dtype(np.float32))
-        model = _build(said, known, {"dtype": dtype, "backend": backend, "rng": 0, "initializer": "zeros"})
+        with kept_streams() if own else nullcontext():  # classes of one's own draw first weights from anywhere
+            model = _build(said, known, {"dtype": dtype, "backend": backend, "rng": 0, "initializer": "zeros"})
         if not isinstance(model, Savable):
             raise ValueError("it describes no model")
         put(cast(Mapping[str, Parameter], model.named_parameters()), arrays)
-    except (SaveError, MemoryError):
+        if isinstance(model, Network) and any(array.dtype != model.dtype for array in arrays.values()):
+            raise ValueError(f"it says {model.dtype}, but holds other numbers")
+    except SaveError as error:
+        raise SaveError(f"{path}: {error}") from None
+    except (MemoryError, ImportError):
         raise
     except Exception as error:  # whatever a constructor says of arguments that make no sense
         raise SaveError(f"{path}: it does not describe a model ({type(error).__name__}: {error})") from error
@@ -103,20 +113,24 @@ def put(parameters: Mapping[str, Parameter], arrays: Mapping[str, Array]) -> Non
         parameter.value, parameter.lent = to_backend(arrays[name], backend_of(parameter.value).name), False
 
 
-def _numbers_in(said: Any) -> int:
+def _numbers_in(said: Any, known: Mapping[str, type[Savable]]) -> int:
     """How many parameters a description makes, before any is made."""
     if isinstance(said, list):
-        return sum(map(_numbers_in, said))
+        return sum(_numbers_in(each, known) for each in said)
     if not isinstance(said, dict):
         return 0
-    config, kind = said.get("config"), said.get("kind")
-    count = sum(map(_numbers_in, said.values()))
-    if isinstance(kind, str) and issubclass(KINDS.get(kind, Savable), (Dense, LayerNorm, Network)):
-        assert isinstance(config, dict)
-        features = config.get("features", 0)
-        sizes = config.get("sizes") or [features or config["in_features"], 1 if features else config["out_features"]]
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"sizes: expected whole numbers, got {sizes!r}")
+    count = sum(_numbers_in(each, known) for each in said.values())
+    kind, config = said.get("kind"), said.get("config")
+    if isinstance(kind, str) and isinstance(config, dict):
+        made, sizes = known.get(kind, Savable), list[Any]()
+        if issubclass(made, Network):
+            sizes = config.get("sizes", [])
+        elif issubclass(made, Dense):
+            sizes = [config.get("in_features", 0), config.get("out_features", 0)]
+        elif issubclass(made, LayerNorm):
+            sizes = [1, config.get("features", 0)]
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError("sizes: expected whole numbers")
         count += sum(n * m + m for n, m in pairwise(sizes))
     return count
 
@@ -136,7 +150,17 @@ def _build(said: Any, known: Mapping[str, type[Savable]], defaults: Mapping[str,
         return {name: _build(each, known, defaults) for name, each in said.items()}
     kind, config = said["kind"], {name: _build(each, known, defaults) for name, each in said["config"].items()}
     if kind not in known:
-        raise SaveError(f"{kind!r} is no model of npnet's; if it is yours: npnet.load(path, classes=[{kind}])")
+        name = kind.removeprefix("own.")
+        raise SaveError(
+            f"it needs a class {name} that is not npnet's; if it is yours: npnet.load(path, classes=[{name}])"
+        )
+    if not config.keys().isdisjoint(NOT_SAVED):
+        raise ValueError(f"{kind} with {', '.join(config)}")
     taken = inspect.signature(known[kind]).parameters
-    layers: list[Any] = next((config.pop(name) for name, each in taken.items() if each.kind is each.VAR_POSITIONAL), [])
+    layers: list[Any] = []
+    for name, each in taken.items():
+        if each.kind is each.VAR_POSITIONAL:
+            layers = config.pop(name, [])
+        elif each.kind is each.VAR_KEYWORD:
+            config |= config.pop(name, {})
     return known[kind](*layers, **{name: each for name, each in defaults.items() if name in taken} | config)

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import tempfile
+from pathlib import Path
 
 # Before NumPy is loaded: on products this small two BLAS threads only wait for each other, badly so on a busy machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -37,3 +39,11 @@ def fast_collection():
 def mnist():
     """(x_train, y_train), (x_test, y_test), whole; slices of it are views."""
     return npnet.load_mnist()
+
+
+@pytest.fixture
+def folder():
+    """In memory where that is possible: a disk takes longer than npnet."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
+        yield Path(name)
