@@ -186,7 +186,7 @@ def _write_safetensors(file: IO[bytes], text: str, arrays: Mapping[str, Array]) 
     from safetensors.numpy import save
 
     # safetensors' NumPy writer corrupts arrays that are not contiguous, without a word.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     seal = _seal(text, contiguous)
     file.write(save(contiguous, {_DESCRIPTION: text, "sha256": seal}))
 
@@ -197,7 +197,7 @@ def _read_safetensors(path: Path) -> _Read:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: np.asfortranarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: np.asarray(file.get_tensor(name), order="F") for name in file.keys()}  # noqa: SIM118
     except (OSError, MemoryError):
         raise
     except Exception as error:

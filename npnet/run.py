@@ -74,11 +74,8 @@ class TrainingRun:
         return len(self.history.epochs) - self.epochs_before
 
     def begin_epoch(self) -> None:
-        """From the start, or where the save was made."""
-        if self.losses:
-            self.generator.bit_generator.state = self.stream
-        else:
-            self.stream = self.generator.bit_generator.state
+        """From the start, or where the save was made: the order is drawn again from the same state."""
+        self.stream = self.generator.bit_generator.state
 
     def end_epoch(self, accuracy: float | None) -> None:
         """Put this epoch into the history."""
