@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from npnet.checks import check_number
 from npnet.drawing import BLUE, MAKE_PLAN, axes_or_new, bytes_alive_axis, check_type, draw_budget
+from npnet.files import write_text
 from npnet.memory import format_bytes
 from npnet.plans import Plan
 from npnet.schedule import BACKWARD, DROP, FORWARD, Action, Schedule
@@ -237,6 +238,6 @@ def save_animation(animation: "FuncAnimation", path: Path | str) -> None:
     elif path.suffix.lower() == ".html":
         with rc_context({"animation.embed_limit": 500}):  # MB; beyond, frames would be left out
             page = animation.to_jshtml(default_mode="once")
-        path.write_text(f"<!DOCTYPE html>\n<meta charset='utf-8'>\n{page}", encoding="utf-8")
+        write_text(path, f"<!DOCTYPE html>\n<meta charset='utf-8'>\n{page}")
     else:
         raise ValueError(f"path: expected a file name that ends in .gif or .html, got {path.name!r}")

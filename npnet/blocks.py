@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from npnet.backend import Array, array_module, backend_of, ones, to_backend
 from npnet.checks import check_float, check_number, check_whole
-from npnet.layer import KindError, Layer, LayerCost, Parameter, Saved, ShapeError
+from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError
 from npnet.random import RNG, as_generator, current_step, draws
 
 
@@ -248,7 +248,7 @@ def _erf_by_number(x: Array) -> Array:
     return np.fromiter(map(math.erf, x.flat), x.dtype, x.size).reshape(x.shape)
 
 
-class Residual(Layer):
+class Residual(InPlaceLayer):
     """y = x + inner(x). He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", 2016.
 
     Args:
@@ -270,11 +270,6 @@ class Residual(Layer):
             raise error.within("inner") from None
         self._check(x.shape, h.shape)
         return array_module(x).add(x, h), kept
-
-    def backward(self, dy: Array, saved: Saved) -> Array:
-        dx = self.backward_(dy.copy(), saved)
-        assert dx is not None
-        return dx
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         inner = self.inner.backward_(dy.copy(), saved, needs_dx)

@@ -15,7 +15,7 @@ import numpy as np
 
 from npnet.backend import Array, to_host
 from npnet.checks import check_whole
-from npnet.layer import KindError, Layer, LayerCost, Saved, ShapeError
+from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Saved, ShapeError
 from npnet.layers import Sequential
 from npnet.pricing import check_saves
 from npnet.random import new_step, one_step
@@ -171,7 +171,7 @@ class _Input(NamedTuple):
     digest: bytes | None
 
 
-class Checkpoint(Layer):
+class Checkpoint(InPlaceLayer):
     """A layer (a whole model, say) of which only the input is kept: it is run again right before its backward pass.
 
     The checkpointing of one part, wherever it stands in a model, as ``torch.utils.checkpoint.checkpoint``; active while
@@ -201,11 +201,6 @@ class Checkpoint(Layer):
         except (ShapeError, KindError) as error:
             raise error.within("inner") from None
         return y, _Input(x, step, digest(y) if self.determinism_check or _checking.always else None)
-
-    def backward(self, dy: Array, saved: Saved) -> Array:
-        dx = self.backward_(dy.copy(), saved)
-        assert dx is not None
-        return dx
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         if not isinstance(saved, _Input):  # of a forward pass in eval

@@ -16,6 +16,7 @@ from npnet.arguments import argument, number, parse_arch, parse_checkpoints, par
 from npnet.backend import BackendUnavailable, get_backend
 from npnet.device import compare_devices
 from npnet.failures import OutOfMemory
+from npnet.files import write_text
 from npnet.losses import LOSSES, TrainingDiverged
 from npnet.memory import parse_bytes
 from npnet.optimizers import OPTIMIZERS
@@ -248,7 +249,7 @@ def run_compare(options: argparse.Namespace) -> int:
             print(f"\n{table}", flush=True)
     finally:
         if options.out is not None and tables:
-            (options.out / "report.txt").write_text("\n\n".join(map(str, tables)) + "\n", encoding="utf-8")
+            write_text(options.out / "report.txt", "\n\n".join(map(str, tables)) + "\n")
             write_json(options.out / "report.json", {table.name: table.rows for table in tables})
             for table in tables:
                 table.write(options.out)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from npnet.drawing import figure, plot_accuracies, plot_bars
+from npnet.drawing import figure, plot_accuracies, plot_bars, save_figure
 from npnet.layer import Pair
 from npnet.memory import format_bytes, measure_peak
 from npnet.network_with_checkpointing import NetworkWithCheckpointing
@@ -146,7 +146,7 @@ def _name(n: int) -> str:
 def _draw_accuracy(rows: Sequence[Row], path: Path) -> None:
     drawing, (axes,) = figure(1)
     plot_accuracies({name: [row[name] for row in rows] for name in rows[0] if name not in ("epoch", "equal")}, axes)
-    drawing.savefig(path, dpi=120)
+    save_figure(drawing, path)
 
 
 def _draw_times(rows: Sequence[Row], path: Path) -> None:
@@ -166,4 +166,4 @@ def _draw_bars(rows: Sequence[Row], path: Path, value: Any, label: str, text: An
     for name, axes in zip(names, all_axes, strict=True):
         bars = {row["checkpoints"]: value(row) for row in rows if row["network"] == name}
         plot_bars(bars, axes, title=name, ylabel=label, labels=[text(height) for height in bars.values()])
-    drawing.savefig(path, dpi=120)
+    save_figure(drawing, path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from npnet.files import replacing
 from npnet.measuring import StepCost
 from npnet.memory import format_bytes
 from npnet.planner import Tradeoff
@@ -128,12 +129,10 @@ def figure(columns: int) -> Any:
     return drawing, list(drawing.subplots(1, columns, squeeze=False)[0])
 
 
-def save_training(history: History, costs: Sequence[StepCost], path: Path) -> None:
-    """The picture of a training run: learning curve, and the costs of a step with and without checkpointing."""
-    drawing, axes = figure(3)
-    plot_history(history, axes[0])
-    plot_costs(costs, axes[1:])
-    drawing.savefig(path, dpi=120)
+def save_figure(drawing: Any, path: Path) -> None:
+    """Write a picture, all or nothing; its kind by its suffix."""
+    with replacing(path) as file:
+        drawing.savefig(file, dpi=120, format=path.suffix[1:] or "png")
 
 
 def bytes_axis(axis: Any, most: float, label: str) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))  # of a link, the file that it names
     try:
         _remove_leftovers(target.parent)
-        temporary = target.with_name(_TEMPORARY.format(pid=os.getpid(), token=secrets.token_hex(4)))
+        temporary = target.with_name(_TEMPORARY.format(pid=os.getpid(), token=os.urandom(4).hex()))
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -41,6 +40,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         _sync_folder(target.parent)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text``, UTF-8, all or nothing; raises as `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _sync_folder(folder: Path) -> None:

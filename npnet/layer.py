@@ -219,6 +219,18 @@ class Layer(Savable):
             raise ValueError(f"{self}: the gradient dy must have the output's shape {y.shape}, got {dy.shape}")
 
 
+class InPlaceLayer(Layer):
+    """A layer that writes `backward_` alone, which may overwrite ``dy``; `backward` is that on a copy."""
+
+    def backward(self, dy: Array, saved: Saved) -> Array:
+        dx = self.backward_(dy.copy(), saved)
+        assert dx is not None, "needs_dx is True by default"
+        return dx
+
+    def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
+        raise NotImplementedError(f"{type(self).__name__}.backward_")
+
+
 def needs_saved(layers: Sequence[Layer]) -> frozenset[int]:
     """The numbers, from 1, of the layers whose backward pass needs more than their input and output."""
     return frozenset(number for number, layer in enumerate(layers, 1) if not layer.output_suffices)

@@ -7,9 +7,7 @@ asks the operating system: coarser (pages, the interpreter, the allocator's habi
 
 import gc
 import math
-import multiprocessing
 import numbers
-import pickle
 import re
 import sys
 import threading
@@ -150,6 +148,9 @@ def measure_rss_peak(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
         Exception: whatever the function raised.
         RuntimeError: the process died.
     """
+    import multiprocessing
+    import pickle
+
     try:
         import cloudpickle as pickler
     except ImportError:
@@ -185,6 +186,8 @@ def measure_rss_peak(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 def _run_measured(sender: Any, task: bytes) -> None:
     """In the fresh process: run the task, send back (result, baseline, peak), pickled, or the exception."""
+    import pickle
+
     import psutil
 
     try:

@@ -11,7 +11,7 @@ import npnet
 from npnet.archive import SaveError, read_archive
 from npnet.backend import Backend, to_backend
 from npnet.datasets import load_mnist
-from npnet.drawing import save_training
+from npnet.drawing import figure, plot_costs, plot_history, save_figure
 from npnet.layer import Pair
 from npnet.layers import Sequential, mlp
 from npnet.losses import LOSSES, TrainingDiverged
@@ -205,7 +205,10 @@ def _report(
     write_json(out / "metrics.json", content)
     if history.epochs:
         Table("metrics", title, history.rows()).write(out)
-        save_training(history, costs, out / "training.png")
+        drawing, axes = figure(3)
+        plot_history(history, axes[0])
+        plot_costs(costs, axes[1:])
+        save_figure(drawing, out / "training.png")
     print(f"\nresults in {out}")
 
 

@@ -28,6 +28,7 @@ from npnet.checks import (
     check_whole,
 )
 from npnet.failures import explained, rehearse
+from npnet.interrupts import Interrupts
 from npnet.layer import Layer, Pair, Parameter
 from npnet.layers import Dense
 from npnet.lending import Lender, as_matrix
@@ -236,6 +237,8 @@ class Network(Savable):
     ) -> None:
         """Stochastic gradient descent, in the order of the data, whole batches only.
 
+        Ctrl-C ends it after the step that is under way (a second one at once).
+
         Args:
             training_data: (x, y), rows.
             epochs: passes over the data.
@@ -260,17 +263,19 @@ class Network(Savable):
             test_data = self._pairs(test_data, "test_data: ")
             check_no_nan(test_data[0], "test_data: x")
             check_one_hot(test_data[1], "test_data: y")
-        for epoch in range(epochs):
-            for step in range(len(x) // batch):
-                rows = slice(step * batch, (step + 1) * batch)
-                try:
-                    self.update_mini_batch((x[rows], y[rows]), eta)
-                except TrainingDiverged as error:
-                    raise TrainingDiverged(f"epoch {epoch}, step {step}, eta {eta}: {error}") from None
-            if log and test_data is not None:
-                print(f"Epoch: {epoch}, Accuracy: {self.evaluate(test_data)}")
-            elif log:
-                print(f"Epoch: {epoch}")
+        with Interrupts() as interrupts:
+            for epoch in range(epochs):
+                for step in range(len(x) // batch):
+                    rows = slice(step * batch, (step + 1) * batch)
+                    try:
+                        self.update_mini_batch((x[rows], y[rows]), eta)
+                    except TrainingDiverged as error:
+                        raise TrainingDiverged(f"epoch {epoch}, step {step}, eta {eta}: {error}") from None
+                    interrupts.check()
+                if log and test_data is not None:
+                    print(f"Epoch: {epoch}, Accuracy: {self.evaluate(test_data)}")
+                elif log:
+                    print(f"Epoch: {epoch}")
 
     def _array(self, array: Any, name: str) -> Array:
         return check_array(array, self.backend, self.dtype, name)

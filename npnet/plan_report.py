@@ -9,7 +9,7 @@ import numpy as np
 
 from npnet.backend import get_backend
 from npnet.datasets import one_hot
-from npnet.drawing import figure, plot_timelines, plot_tradeoff
+from npnet.drawing import figure, plot_timelines, plot_tradeoff, save_figure
 from npnet.layers import Sequential
 from npnet.losses import LOSSES, Loss
 from npnet.measuring import StepCost, measure_timeline, step_costs
@@ -79,7 +79,7 @@ def plan_report(
         plot_timelines([plans["plain"], chosen], lines, axes=axes[:2])
         if curve is not None:
             plot_tradeoff(curve, points, ax=axes[2])
-        drawing.savefig(picture, dpi=120)
+        save_figure(drawing, picture)
         print(f"\npicture in {picture}")
 
 

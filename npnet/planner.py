@@ -24,7 +24,10 @@ MOST_CELLS = 20_000_000
 
 
 MOST_POINTS = 200
+"""Plans on a trade-off curve."""
+
 MOST_CURVE_CELLS = 10_000_000_000
+"""Steps of the dynamic program that a trade-off curve may take: of that depend how many remainders are tried."""
 
 
 class HasLayers(Protocol):

@@ -9,7 +9,7 @@ Micikevicius et al., "Mixed Precision Training", 2018.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ import numpy as np
 from npnet.backend import Array, backend_of
 from npnet.checkpoint import Checkpoint
 from npnet.checks import check_number, check_whole, is_finite
-from npnet.layer import Layer, LayerCost, Parameter, Saved
+from npnet.layer import InPlaceLayer, Layer, LayerCost, Parameter, Saved
 from npnet.layers import Dense, Sequential
 from npnet.optimizers import Optimizer
 
@@ -42,7 +42,7 @@ def storage_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(np.float16)
 
 
-class Stored(Layer):
+class Stored(InPlaceLayer):
     """A layer between half-precision activations: up, compute, down.
 
     Args:
@@ -70,7 +70,16 @@ class Stored(Layer):
 
     def _up(self, saved: Any) -> Any:
         """Stored arrays in single precision, within tuples and lists."""
-        return _converted(saved, self.dtype, self.single, {})
+        done: dict[int, Array] = {}  # what is there twice is converted once
+
+        def up(array: Any) -> Any:
+            if getattr(array, "dtype", None) != self.dtype:
+                return array
+            if id(array) not in done:
+                done[id(array)] = array.astype(self.single)
+            return done[id(array)]
+
+        return _mapped(up, saved)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         single = self._up(x)
@@ -78,12 +87,8 @@ class Stored(Layer):
         y = output.astype(self.dtype) if self.down else output
         if self.output_suffices:
             return y, (x, y)
-        return y, _replaced(kept, {id(single): x, id(output): y})
-
-    def backward(self, dy: Array, saved: Saved) -> Array:
-        dx = self.backward_(dy.copy(), saved)
-        assert dx is not None
-        return dx
+        stored = {id(single): x, id(output): y}
+        return y, _mapped(lambda array: stored.get(id(array), array), kept)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         return self.inner.backward_(dy, self._up(saved), needs_dx)
@@ -157,28 +162,12 @@ class HalfProducts(Stored):
         )
 
 
-def _replaced(saved: Any, known: Mapping[int, Array]) -> Any:
-    """``saved`` with the arrays in ``known``, by id, in place of those that are there, within tuples and lists."""
+def _mapped(function: Callable[[Any], Any], saved: Any) -> Any:
+    """What a layer saved, with ``function`` applied to everything within tuples and lists."""
     if isinstance(saved, (tuple, list)):
-        parts = [_replaced(part, known) for part in saved]
+        parts = [_mapped(function, part) for part in saved]
         return type(saved)(*parts) if hasattr(saved, "_fields") else type(saved)(parts)
-    return known.get(id(saved), saved)
-
-
-def _converted(saved: Any, old: np.dtype[Any], new: np.dtype[Any], done: dict[int, Array]) -> Any:
-    """``saved`` with its arrays of dtype ``old`` in ``new``, within tuples and lists; each converted once.
-
-    Args:
-        done: id of an array -> what stands for it.
-    """
-    if isinstance(saved, (tuple, list)):
-        parts = [_converted(part, old, new, done) for part in saved]
-        return type(saved)(*parts) if hasattr(saved, "_fields") else type(saved)(parts)
-    if getattr(saved, "dtype", None) != old:
-        return saved
-    if id(saved) not in done:
-        done[id(saved)] = saved.astype(new)
-    return done[id(saved)]
+    return function(saved)
 
 
 def mixed_precision(model: Sequential, dtype: str = "float16", half_products: bool | None = None) -> Sequential:

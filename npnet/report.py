@@ -1,11 +1,14 @@
 """Results as tables: printed, and written as CSV, JSON and pictures."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from npnet.files import write_text
 
 Row: TypeAlias = dict[str, Any]
 """Column -> value."""
@@ -29,17 +32,18 @@ class Table:
 
     def write(self, folder: Path) -> None:
         """name.csv and, if there is something to draw, name.png in ``folder``."""
-        with (folder / f"{self.name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(self.rows[0]))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(folder / f"{self.name}.csv", text.getvalue())
         if self.draw is not None:
             self.draw(self.rows, folder / f"{self.name}.png")
 
 
 def write_json(path: Path, content: Any) -> None:
     """``content`` as indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _cell(value: Any) -> str:

@@ -29,7 +29,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these trainings."""
-    monkeypatch.setattr(mnist, "save_training", lambda *_: None)
+    monkeypatch.setattr(mnist, "save_figure", lambda *_: None)
 
 
 def train(small: Path, *options: Any, out: Path | None = None, expected: int = 0) -> dict[str, Any]:
@@ -102,6 +102,7 @@ def test_options_reach_the_training(small: Path, tmp_path: Path, capsys: pytest.
         "dtype": "float64",
         "exercise": False,
         "seed": 7,
+        "samples": 300,
     }
     assert [epoch["steps"] for epoch in metrics["epochs"]] == [3, 3]
     assert len(metrics["costs"]) == 1  # plain is what there is to compare with plain

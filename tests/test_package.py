@@ -45,6 +45,7 @@ ORDER = [
         "failures",
         "precision",
         "step",
+        "interrupts",
         "dual",
         "curvature",
         "lending",
@@ -54,7 +55,6 @@ ORDER = [
     ),
     *(
         "datasets",
-        "interrupts",
         "run",
         "saver",
         "training",
