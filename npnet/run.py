@@ -73,6 +73,11 @@ class TrainingRun:
         """How many epochs are done."""
         return len(self.history.epochs) - self.epochs_before
 
+    @property
+    def number(self) -> int:
+        """Of the epoch under way, in the history."""
+        return len(self.history.epochs) + 1
+
     def begin_epoch(self) -> None:
         """From the start, or where the save was made: the order is drawn again from the same state."""
         self.stream = self.generator.bit_generator.state
@@ -80,8 +85,8 @@ class TrainingRun:
     def end_epoch(self, accuracy: float | None) -> None:
         """Put this epoch into the history."""
         if self.losses:
-            number, loss = len(self.history.epochs) + 1, statistics.fmean(self.losses)
-            self.history.epochs.append(Epoch(number, len(self.losses), loss, accuracy, self.seconds))
+            loss = statistics.fmean(self.losses)
+            self.history.epochs.append(Epoch(self.number, len(self.losses), loss, accuracy, self.seconds))
         self.losses, self.seconds = [], 0.0
 
     def state(self) -> tuple[dict[str, Any], dict[str, Array]]:

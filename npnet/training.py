@@ -11,7 +11,7 @@ from npnet.backend import Array, backend_of
 from npnet.checkpoint import digest
 from npnet.checks import check_no_nan, check_one_hot, check_pairs, check_whole
 from npnet.datasets import batches
-from npnet.failures import explained, rehearse
+from npnet.failures import explained, first_not_finite, rehearse
 from npnet.interrupts import Interrupts
 from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
@@ -137,7 +137,7 @@ def fit(
         "batch_size": batch_size,
         "accumulation_steps": accumulation_steps,
         "clip_norm": clip_norm,
-        "scaler": scaler is not None,
+        "scaler": scaler and scaler.config(),
         "order": [type(generator.bit_generator).__name__, shuffle],
         "epochs, while the learning rate falls": epochs if decay else None,
         "training data": {"x": _fingerprint(x), "y": _fingerprint(y)} if saver else None,
@@ -147,8 +147,10 @@ def fit(
     )
     if saver is not None:
         saver.begin(run)
+    if run.epoch >= epochs:
+        return history
     with Interrupts() as interrupts:
-        if at_once and run.epoch < epochs:
+        if at_once:
             few = x[:batch_size]
             with _mode(model, training=True), explained(model, schedule, few, loss):
                 rehearse(
@@ -161,18 +163,19 @@ def fit(
         while run.epoch < epochs:
             run.begin_epoch()
             done, score = len(run.losses), None
+            position = first = done * window  # the sample that the step under way begins with
             progress = tqdm(
                 total=steps,
                 initial=done,
-                desc=f"epoch {len(history.epochs) + 1}",
+                desc=f"epoch {run.number}",
                 unit="step",
                 disable=not log,
                 mininterval=0.5,
             )
             try:
-                micro_batches = batches(x, y, batch_size, generator, shuffle, start=done * window)
+                micro_batches = batches(x, y, batch_size, generator, shuffle, start=first)
                 with _mode(model, training=True):
-                    for position in range(done * window, len(x), window):
+                    for position in range(first, len(x), window):
                         start = time.perf_counter()
                         if decay:
                             past = run.epoch * steps + len(run.losses)
@@ -186,20 +189,39 @@ def fit(
                         if saver is not None:
                             saver.step_done(run, ending=interrupts.pending is not None)
                         interrupts.check()
-                with _mode(model, training=False):
-                    score = accuracy(model.predict, *test_data) if test_data is not None else None
+                score = None if test_data is None else _evaluated(model, *test_data)
                 progress.set_postfix(_readings(run.losses, score, show))
             except TrainingDiverged as error:
-                at = f"epoch {len(history.epochs) + 1}, step {min(len(run.losses) + 1, steps)} of {steps}"
-                saved = f"; {saver.last}" if saver else ""
-                raise TrainingDiverged(f"{at}: {error}{saved}") from None
+                raise _located(error, run.number, min(position // window + 1, steps), steps, saver) from None
             finally:
                 optimizer.learning_rate = run.learning_rate
                 progress.close()
                 run.end_epoch(score)
         if saver is not None:
-            saver.save(run)
+            try:
+                saver.save(run)
+            except TrainingDiverged as error:
+                raise _located(error, run.number - 1, steps, steps, saver) from None
     return history
+
+
+def _evaluated(model: Sequential, x: Array, y: Array) -> float:
+    """The accuracy.
+
+    Raises:
+        TrainingDiverged: an output is not finite; with the layer where that begins.
+    """
+    with _mode(model, training=False):
+        try:
+            return accuracy(model.predict, x, y)
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error}; {first_not_finite(model.layers, x)}") from None
+
+
+def _located(error: TrainingDiverged, epoch: int, step: int, steps: int, saver: Saver | None) -> TrainingDiverged:
+    """The error, with where in the training it was, and what is left of that."""
+    saved = f"; {saver.last}" if saver else ""
+    return TrainingDiverged(f"epoch {epoch}, step {step} of {steps}: {error}{saved}")
 
 
 def _fingerprint(array: Array) -> str:

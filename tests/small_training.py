@@ -95,7 +95,7 @@ class Result:
     def fit(self, **options: Any) -> None:
         npnet.fit(
             self.model, (X, Y), optimizer=self.optimizer, scaler=self.scaler, rng=self.generator,
-            test_data=(X, Y), log=False, **{"history": self.history} | options,
+            **{"history": self.history, "test_data": (X, Y), "log": False} | options,
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
