@@ -150,16 +150,14 @@ class Harness:
         if self.rng.random() < 0.1:
             time.sleep(self.rng.uniform(0, 0.1))
             return
-        left = set(path.parent.glob(TEMPORARY))  # by the one killed before
-        for _ in range(self.rng.randrange(3)):  # this save or one of the next two
+        seen = set(path.parent.glob(TEMPORARY))  # by the one killed before
+        for _ in range(self.rng.randrange(1, 9)):  # one of the next eight saves
             deadline = time.monotonic() + 2
-            while not self.saving(path, left) and time.monotonic() < deadline:
-                if process.poll() is not None:
+            while not (new := set(path.parent.glob(TEMPORARY)) - seen) and time.monotonic() < deadline:
+                if process.poll() is not None or (path.exists() and self.too_short(path)):
                     return
-            time.sleep(self.rng.choice([0, 0, self.rng.uniform(0, 0.004)]))
-
-    def saving(self, path: Path, left: set[Path]) -> bool:
-        return bool(set(path.parent.glob(TEMPORARY)) - left) or (path.exists() and self.too_short(path))
+            seen |= new
+        time.sleep(self.rng.choice([0, 0, self.rng.uniform(0, 0.004)]))
 
     def too_short(self, path: Path) -> bool:
         size = path.stat().st_size
