@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from npnet.backend import Array, backend_of
 from npnet.checkpoint import digest
@@ -95,19 +96,14 @@ def fit(
     history = History() if history is None else history
     epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
     at_once = streaming and clip_norm is None and scaler is None
+    terms: dict[str, Any] = {
+        "loss": loss, "optimizer": optimizer, "streaming": at_once, "accumulation_steps": accumulation_steps
+    }  # fmt: skip
     if memory_budget is not None:
         if schedule != "none":
             raise ValueError("give schedule or memory_budget, not both")
         with _mode(model, training=True):
-            schedule = plan(
-                model,
-                batch_size,
-                memory_budget=memory_budget,
-                loss=loss,
-                optimizer=optimizer,
-                streaming=at_once,
-                accumulation_steps=accumulation_steps,
-            ).schedule
+            schedule = plan(model, batch_size, memory_budget=memory_budget, **terms).schedule
     schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
     with _mode(model, training=False):
         for name, pair in (("training data", training_data), ("test data", test_data)):
@@ -152,7 +148,7 @@ def fit(
     with Interrupts() as interrupts:
         if at_once:
             few = x[:batch_size]
-            with _mode(model, training=True), explained(model, schedule, few, loss):
+            with _mode(model, training=True), explained(model, schedule, few, **terms):
                 rehearse(
                     model.layers,
                     schedule,

@@ -108,17 +108,19 @@ class Harness:
             undisturbed = path.with_stem("undisturbed")
             said = self.start(undisturbed, seed, every=1000).communicate()[0].split()
             assert said[-1] == str(EPOCHS * STEPS)
-            steps = 0
-            while steps < EPOCHS * STEPS:
-                steps = self.live(path, seed, steps, killed=self.kills < kills)
-            if contents(path) != contents(undisturbed):
-                raise Lost(f"{path}: other numbers than those of a run that was never killed")
+            steps, ended = 0, False
+            while not ended:
+                steps, ended = self.live(path, seed, steps, killed=self.kills < kills)
+            found, expected = contents(path), contents(undisturbed)
+            differing = [name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)]
+            if differing:
+                raise Lost(f"{path}: {', '.join(differing)} are not those of a run that was never killed")
             left = {each.name for each in path.parent.iterdir()} - {path.name, undisturbed.name}
             if left:
                 raise Lost(f"left by those who were killed: {', '.join(left)}")
 
-    def live(self, path: Path, seed: int, steps: int, killed: bool) -> int:
-        """One process, from its start to its end or a kill; returns the steps that are saved."""
+    def live(self, path: Path, seed: int, steps: int, killed: bool) -> tuple[int, bool]:
+        """One process, from its start to its end or a kill; returns the steps that are saved, and whether it ended."""
         process = self.start(path, seed)
         assert process.stdout is not None
         try:
@@ -138,7 +140,7 @@ class Harness:
             self.kills += 1
             self.before_training += not (done or steps)
             self.in_a_save += any(path.parent.glob(TEMPORARY)) or (path.exists() and self.too_short(path))
-        return check(path, max([steps, *done]))
+        return check(path, max([steps, *done])), code == 0
 
     def wait_for_a_moment(self, process: "subprocess.Popen[str]", path: Path) -> None:
         """Any moment of its life for one in five; else one in which it saves."""

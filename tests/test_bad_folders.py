@@ -1,4 +1,4 @@
-"""Folders that vanish or may not be written, files that may not grow, and what killed processes left: the real thing."""
+"""Folders that vanish or may not be written, files that may not grow, and what killed processes left."""
 
 import os
 import subprocess
