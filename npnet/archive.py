@@ -24,6 +24,7 @@ FORMAT = 1
 """Of the files that this version writes; it reads them, and older ones."""
 
 _DESCRIPTION = "npnet"  # the entry with the description, as JSON
+_BY_COLUMNS = "by_columns"  # of .safetensors, which has rows only: the arrays that were in Fortran order
 
 
 class SaveError(ValueError):
@@ -187,8 +188,9 @@ def _write_safetensors(file: IO[bytes], text: str, arrays: Mapping[str, Array]) 
 
     # safetensors' NumPy writer corrupts arrays that are not contiguous, without a word.
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    seal = _seal(text, contiguous)
-    file.write(save(contiguous, {_DESCRIPTION: text, "sha256": seal}))
+    by_columns = json.dumps([name for name, array in arrays.items() if array.flags.f_contiguous])  # as products like it
+    seal = _seal(text + by_columns, contiguous)
+    file.write(save(contiguous, {_DESCRIPTION: text, _BY_COLUMNS: by_columns, "sha256": seal}))
 
 
 def _read_safetensors(path: Path) -> _Read:
@@ -197,16 +199,20 @@ def _read_safetensors(path: Path) -> _Read:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: np.asarray(file.get_tensor(name), order="F") for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, MemoryError):
         raise
     except Exception as error:
         raise SaveError(f"{path}: truncated, damaged or not a .safetensors file ({_say(error)})") from error
     if _DESCRIPTION not in metadata:
         raise SaveError(f"{path}: not saved by npnet; its arrays alone go into a model with model.load_state_dict")
-    if metadata.get("sha256") != _seal(metadata[_DESCRIPTION], arrays):
+    text, by_columns = metadata[_DESCRIPTION], metadata.get(_BY_COLUMNS, "")
+    if metadata.get("sha256") != _seal(text + by_columns, arrays):
         raise SaveError(f"{path}: damaged, its checksum is another")
-    return metadata[_DESCRIPTION].encode(), arrays
+    columns = set(json.loads(by_columns)) if by_columns else set()
+    return text.encode(), {
+        name: np.asarray(each, order="F" if name in columns else "C") for name, each in arrays.items()
+    }
 
 
 def _seal(text: str, arrays: Mapping[str, Array]) -> str:

@@ -107,13 +107,14 @@ def load_mnist(path: str | os.PathLike[str] | None = None, dtype: npt.DTypeLike 
     """
     arrays = read_mnist(path)
     train, test = (
-        (_scaled(arrays[f"x_{part}"], dtype), one_hot(arrays[f"y_{part}"], 10, dtype)) for part in ("train", "test")
+        (scaled(arrays[f"x_{part}"], dtype), one_hot(arrays[f"y_{part}"], 10, dtype)) for part in ("train", "test")
     )
     return train, test
 
 
-def _scaled(images: npt.NDArray[np.uint8], dtype: npt.DTypeLike) -> Array:
-    rows = images.reshape(len(images), -1).astype(dtype)  # (samples, 784)
+def scaled(images: Array, dtype: npt.DTypeLike) -> Array:
+    """Bytes (samples, ...) as rows of numbers in [0, 1], (samples, features)."""
+    rows = images.reshape(len(images), -1).astype(dtype)
     rows /= 255
     return rows
 

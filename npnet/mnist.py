@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import npnet
 from npnet.archive import SaveError, read_archive
 from npnet.backend import Backend, to_backend
-from npnet.datasets import load_mnist
+from npnet.datasets import one_hot, read_mnist, scaled
 from npnet.drawing import figure, plot_costs, plot_history, save_figure
 from npnet.layer import Pair
 from npnet.layers import Sequential, mlp
@@ -114,9 +115,10 @@ def train(
     print(title, flush=True)
     if memory_budget is not None:
         print(f"\n{plans[-1].describe()}\n", flush=True)
+    transform = partial(scaled, dtype=settings.dtype)
     x, y = (part[: settings.batch_size] for part in training_data)
     predicted = {each.schedule: each.peak_bytes for each in plans}
-    costs = step_costs(model, loss, optimizer, predicted, x, y)
+    costs = step_costs(model, loss, optimizer, predicted, transform(x), y)
 
     history, outcome = History(), ""
     try:
@@ -129,6 +131,7 @@ def train(
             batch_size=settings.batch_size,
             schedule=plans[-1].schedule,
             test_data=test_data,
+            transform=transform,
             rng=settings.seed,
             shuffle=not settings.exercise,
             decay=settings.decay == "linear",
@@ -164,15 +167,20 @@ def build(settings: Settings, backend: Backend) -> Sequential:
 
 
 def _load(settings: Settings, backend: Backend, data: str | None) -> tuple[Pair, Pair]:
-    (x, y), test_data = load_mnist(data, settings.dtype)
-    count = min(settings.samples or len(x), len(x))
+    """Images stay bytes, 55 MB: they are scaled batch by batch."""
+    arrays = read_mnist(data)
+    count = min(settings.samples or len(arrays["x_train"]), len(arrays["x_train"]))
     if settings.batch_size > count:
         raise ValueError(f"batch size {settings.batch_size} is more than the {count} training samples")
     if settings.exercise:
         count -= count % settings.batch_size
-    pairs = ((x[:count], y[:count]), test_data)
-    train_pair, test_pair = ((to_backend(x, backend.name), to_backend(y, backend.name)) for x, y in pairs)
-    return train_pair, test_pair
+
+    def pair(part: str, rows: slice) -> Pair:
+        images, labels = arrays[f"x_{part}"][rows], arrays[f"y_{part}"][rows]
+        targets = one_hot(labels, 10, settings.dtype)
+        return to_backend(images.reshape(len(images), -1), backend.name), to_backend(targets, backend.name)
+
+    return pair("train", slice(count)), pair("test", slice(None))
 
 
 def _report(

@@ -3,13 +3,12 @@
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from npnet.backend import Array, backend_of
-from npnet.checkpoint import digest
 from npnet.checks import check_no_nan, check_one_hot, check_pairs, check_whole
 from npnet.datasets import batches
 from npnet.failures import explained, first_not_finite, rehearse
@@ -21,7 +20,7 @@ from npnet.optimizers import Optimizer
 from npnet.planner import plan
 from npnet.precision import GradScaler
 from npnet.random import RNG, as_generator
-from npnet.run import History, TrainingRun
+from npnet.run import History, TrainingRun, fingerprint
 from npnet.saver import Saver
 from npnet.schedules import ScheduleLike, as_schedule
 from npnet.step import accumulated_step
@@ -38,6 +37,7 @@ def fit(
     schedule: ScheduleLike = "none",
     memory_budget: float | str | None = None,
     test_data: Pair | None = None,
+    transform: Callable[[Array], Array] | None = None,
     rng: RNG = None,
     shuffle: bool = True,
     decay: bool = False,
@@ -62,6 +62,8 @@ def fit(
         schedule: what to keep and what to recompute; see `npnet.schedules.as_schedule`.
         memory_budget: instead, bytes or "20 MB": the most that a training step may take. The cheapest schedule for it
             is planned (`npnet.plan`). The batch is data, and not counted.
+        transform: what becomes of the rows of x, batch by batch: data may stay as they are stored, as bytes, say (see
+            `npnet.datasets.scaled`).
         rng: seed or generator of the shuffling.
         shuffle: False takes the samples in order.
         decay: let the learning rate fall linearly to zero over these epochs (Li, Yumer & Ramanan, "Budgeted
@@ -105,10 +107,11 @@ def fit(
         with _mode(model, training=True):
             schedule = plan(model, batch_size, memory_budget=memory_budget, **terms).schedule
     schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
+    prepared = transform or (lambda rows: rows)
     with _mode(model, training=False):
         for name, pair in (("training data", training_data), ("test data", test_data)):
             if pair is not None:
-                _check_data(model, loss, name, pair)
+                _check_data(model, loss, name, pair, prepared)
     if test_data is not None:
         check_one_hot(test_data[1], "test data: y")
     x, y = training_data
@@ -136,7 +139,7 @@ def fit(
         "scaler": scaler and scaler.config(),
         "order": [type(generator.bit_generator).__name__, shuffle],
         "epochs, while the learning rate falls": epochs if decay else None,
-        "training data": {"x": _fingerprint(x), "y": _fingerprint(y)} if saver else None,
+        "training data": {"x": fingerprint(x, prepared), "y": fingerprint(y)} if saver else None,
     }
     run = TrainingRun(
         model, optimizer, scaler, generator, history, conditions, optimizer.learning_rate, len(history.epochs)
@@ -147,7 +150,7 @@ def fit(
         return history
     with Interrupts() as interrupts:
         if at_once:
-            few = x[:batch_size]
+            few = prepared(x[:batch_size])
             with _mode(model, training=True), explained(model, schedule, few, **terms):
                 rehearse(
                     model.layers,
@@ -169,7 +172,8 @@ def fit(
                 mininterval=0.5,
             )
             try:
-                micro_batches = batches(x, y, batch_size, generator, shuffle, start=first)
+                raw = batches(x, y, batch_size, generator, shuffle, start=first)
+                micro_batches = ((prepared(rows), targets) for rows, targets in raw)
                 with _mode(model, training=True):
                     for position in range(first, len(x), window):
                         start = time.perf_counter()
@@ -185,7 +189,7 @@ def fit(
                         if saver is not None:
                             saver.step_done(run, ending=interrupts.pending is not None)
                         interrupts.check()
-                score = None if test_data is None else _evaluated(model, *test_data)
+                score = None if test_data is None else _evaluated(model, prepared, *test_data)
                 progress.set_postfix(_readings(run.losses, score, show))
             except TrainingDiverged as error:
                 raise _located(error, run.number, min(position // window + 1, steps), steps, saver) from None
@@ -201,7 +205,7 @@ def fit(
     return history
 
 
-def _evaluated(model: Sequential, x: Array, y: Array) -> float:
+def _evaluated(model: Sequential, prepared: Callable[[Array], Array], x: Array, y: Array) -> float:
     """The accuracy.
 
     Raises:
@@ -209,20 +213,15 @@ def _evaluated(model: Sequential, x: Array, y: Array) -> float:
     """
     with _mode(model, training=False):
         try:
-            return accuracy(model.predict, x, y)
+            return accuracy(lambda rows: model.predict(prepared(rows)), x, y)
         except TrainingDiverged as error:
-            raise TrainingDiverged(f"{error}; {first_not_finite(model.layers, x)}") from None
+            raise TrainingDiverged(f"{error}; {first_not_finite(model.layers, prepared(x[:1000]))}") from None
 
 
 def _located(error: TrainingDiverged, epoch: int, step: int, steps: int, saver: Saver | None) -> TrainingDiverged:
     """The error, with where in the training it was, and what is left of that."""
     saved = f"; {saver.last}" if saver else ""
     return TrainingDiverged(f"epoch {epoch}, step {step} of {steps}: {error}{saved}")
-
-
-def _fingerprint(array: Array) -> str:
-    """What tells these data from others: their shape, and a hash of a thousand rows."""
-    return f"{' x '.join(map(str, array.shape))}, hash {digest(array[:: max(1, len(array) // 1000)])[:8].hex()}"
 
 
 @contextmanager
@@ -245,7 +244,7 @@ def _readings(losses: list[float], score: float | None, show: Mapping[str, str] 
 _EXAMPLES = {"model": "mlp([784, 30, 10])", "loss": "SoftmaxCrossEntropy()", "optimizer": "Adam(1e-3)"}
 
 
-def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair) -> None:
+def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair, prepared: Callable[[Array], Array]) -> None:
     """Refuse data that do not fit, by running one row through the model."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"{name}: expected a pair (x, y), got {type(pair).__name__}")
@@ -254,7 +253,7 @@ def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair) -> None:
     if x.ndim != 2 or not len(x):
         raise ValueError(f"{name}: expected x of shape (samples, features), got {x.shape}")
     check_pairs(x, y, f"{name}: ")
-    output = model.predict(x[:1])
+    output = model.predict(prepared(x[:1]))
     loss.check_targets(y, output.shape[1])
     if y.dtype != output.dtype:
         raise TypeError(f"{name}: y has dtype {y.dtype}, the network {output.dtype}; convert with y.astype")

@@ -121,6 +121,14 @@ def scaled(seed: int) -> Sequential:
     return npnet.mixed_precision(small_model(seed, p=0.0))
 
 
+def by_rows(seed: int) -> Sequential:
+    """With weights in C order, as a user may set them: products with them round otherwise."""
+    model = small_model(seed)
+    for parameter in model.parameters():
+        parameter.value = np.ascontiguousarray(parameter.value)
+    return model
+
+
 TRAININGS = {
     "adam": Training(),
     "sgd, weight decay": Training(lambda: SGD(0.1, weight_decay=0.01)),
@@ -142,6 +150,8 @@ TRAININGS = {
     **{kind.__name__: Training(bits=kind) for kind in (np.random.MT19937, np.random.Philox, np.random.SFC64)},
     "PCG64DXSM": Training(bits=np.random.PCG64DXSM),
     "safetensors": Training(lambda: Adam(0.01, weight_decay=0.1), suffix=".safetensors"),
+    "weights by rows": Training(model=by_rows),
+    "safetensors, weights by rows": Training(model=by_rows, suffix=".safetensors"),
     "safetensors, MT19937": Training(bits=np.random.MT19937, suffix=".safetensors"),
 }
 """By name. In each an epoch's last batch is not full, and there is a layer that draws random numbers in each step."""

@@ -8,6 +8,7 @@ import pytest
 
 import npnet
 from npnet import Saver, optimizers, run, training
+from npnet.archive import read_archive, write_archive
 from npnet.losses import accuracy
 from tests.small_training import EPOCHS, TRAININGS, Broken, Result, X
 
@@ -132,6 +133,27 @@ def test_more_epochs_go_on_and_fewer_change_nothing(tmp_path: Path) -> None:
     content = path.read_bytes()
     assert training.resumed(path, epochs=2).state() == whole
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_save_keeps_the_layout_of_arrays(suffix: str, tmp_path: Path) -> None:
+    """It decides how products round."""
+    arrays = {"c": np.zeros((2, 3)), "f": np.zeros((2, 3), order="F"), "vector": np.zeros(3), "number": np.array(4)}
+    write_archive(tmp_path / f"save{suffix}", {}, arrays)
+    _, found = read_archive(tmp_path / f"save{suffix}")
+    assert all(
+        found[name].strides == array.strides and found[name].ndim == array.ndim for name, array in arrays.items()
+    )
+
+
+def test_data_that_a_transform_makes_others_are_others(tmp_path: Path) -> None:
+    path, half = tmp_path / "save.npz", np.float32(0.5)
+    training = TRAININGS["adam"].changed(transform=lambda rows: rows * half)
+    whole = training.run().state()
+    training.broken(path, 8)
+    with pytest.raises(ValueError, match=r"training data\.x is"):
+        TRAININGS["adam"].resumed(path)
+    assert training.resumed(path).state() == whole
 
 
 def test_a_save_loads_as_a_model(tmp_path: Path) -> None:

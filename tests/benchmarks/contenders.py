@@ -28,10 +28,14 @@ class Problem:
     batch: int
     dtype: str
     kind: str
+    near_identity: bool = False  # square weights, so that in ten thousand layers nothing vanishes: denormals are slow
 
     @cached_property
     def weights(self) -> list[np.ndarray]:
         rng = np.random.default_rng(0)
+        if self.near_identity:
+            pairs = zip(self.sizes[:-1], self.sizes[1:], strict=True)
+            return [(np.eye(m, n) + 1e-3 * rng.standard_normal((m, n))).astype(self.dtype) for n, m in pairs]
         scale = 2.0 if self.kind == "modern" else 1.0
         return [
             (rng.standard_normal((m, n)) * math.sqrt(scale / n)).astype(self.dtype)
