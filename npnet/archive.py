@@ -26,6 +26,7 @@ FORMAT = 1
 """Of the files that this version writes; it reads them, and older ones."""
 
 _DESCRIPTION = "npnet"  # the entry with the description, as JSON
+_BY_COLUMNS = "by_columns"  # of .safetensors, which has rows only: the arrays that were in Fortran order
 
 
 class SaveError(ValueError):
@@ -215,8 +216,10 @@ def _write_safetensors(file: IO[bytes], text: str, arrays: Mapping[str, Array]) 
     # safetensors' NumPy writer corrupts arrays that are not contiguous, without a word; and np.ascontiguousarray makes
     # single numbers (how many steps an optimizer took) arrays of one.
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    by_columns = json.dumps([name for name, array in arrays.items() if array.flags.f_contiguous])  # as products like it
+    text = f"{by_columns}\n{text}"
     # One entry: of several, safetensors writes now this one first, now that, and no two files would be equal.
-    file.write(save(contiguous, {_DESCRIPTION: f"{_seal(text, contiguous)} {text}"}))
+    file.write(save(contiguous, {_DESCRIPTION: f"{_seal(text, contiguous)}\n{text}"}))
 
 
 def _read_safetensors(path: Path) -> _Read:
@@ -225,17 +228,24 @@ def _read_safetensors(path: Path) -> _Read:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: np.asarray(file.get_tensor(name), order="F") for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, MemoryError):
         raise
     except Exception as error:
         raise SaveError(f"{path}: truncated, damaged or not a .safetensors file ({_say(error)})") from error
     if _DESCRIPTION not in metadata:
         raise SaveError(f"{path}: not saved by npnet; its arrays alone go into a model with model.load_state_dict")
-    seal, _, text = metadata[_DESCRIPTION].partition(" ")
+    seal, _, text = metadata[_DESCRIPTION].partition("\n")
     if seal != _seal(text, arrays):
         raise SaveError(f"{path}: damaged, its checksum is another")
-    return text.encode(), arrays
+    by_columns, _, text = text.partition("\n")
+    try:
+        columns = set(json.loads(by_columns))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SaveError(f"{path}: damaged, its description cannot be read ({_say(error)})") from None
+    return text.encode(), {
+        name: np.asarray(each, order="F" if name in columns else "C") for name, each in arrays.items()
+    }
 
 
 def _seal(text: str, arrays: Mapping[str, Array]) -> str:

@@ -1,7 +1,9 @@
 """When a training step fails: found out before anything is updated, and explained."""
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +11,7 @@ from npnet.backend import Array, array_module
 from npnet.checkpoint import backpropagate
 from npnet.checks import is_finite
 from npnet.layer import Layer
-from npnet.losses import Loss, TrainingDiverged
+from npnet.losses import TrainingDiverged
 from npnet.memory import format_bytes
 from npnet.optimal import smallest_budget
 from npnet.planner import HasLayers, plan
@@ -55,36 +57,48 @@ def rehearse(
 
 
 @contextmanager
-def explained(network: HasLayers, schedule: Schedule, x: Array, loss: Loss | None = None) -> Iterator[None]:
-    """Add to what a step on ``x`` raises: the layer where the numbers diverged, or what would take less memory."""
+def explained(network: HasLayers, schedule: Schedule, x: Array, **terms: Any) -> Iterator[None]:
+    """Add to what a step on ``x`` raises: the layer where the numbers diverged, or what would take less memory.
+
+    Args:
+        terms: what else `npnet.plan` has to know of the step.
+    """
+    step = next_step()
     try:
         yield
     except TrainingDiverged as error:
-        raise TrainingDiverged(f"{error}; {first_not_finite(network.layers, x)}") from None
+        raise TrainingDiverged(f"{error}; {first_not_finite(network.layers, x, step)}") from None
     except OutOfMemory:
         raise
     except MemoryError as error:
-        raise OutOfMemory(_advice(error, network, schedule, x, loss)) from error
+        traceback.clear_frames(error.__traceback__)  # else the error holds the activations, while a way out is sought
+        raise OutOfMemory(_advice(error, network, schedule, x, terms)) from error
 
 
-def _advice(error: MemoryError, network: HasLayers, schedule: Schedule, x: Array, loss: Loss | None) -> str:
+def _advice(error: MemoryError, network: HasLayers, schedule: Schedule, x: Array, terms: dict[str, Any]) -> str:
     text = f"memory ran out in a step on a batch of {len(x)} under the schedule {schedule.name!r}"
     text += f" ({error})" if str(error) else ""
     try:
-        used = plan(network, len(x), strategy=schedule, loss=loss, features=x.shape[1])
-    except (NotImplementedError, TypeError, ValueError):  # what cannot be planned
+        used = plan(network, len(x), strategy=schedule, features=x.shape[1], **terms)
+        text += f": it takes {format_bytes(used.peak_bytes)}"
+        text += "" if "optimizer" in terms else ", and what an optimizer keeps"
+        if used.chain.depth <= MOST_LAYERS:
+            least = smallest_budget(used.chain)[0] + used.chain.fixed
+            if least < 0.95 * used.peak_bytes:
+                text += f"; npnet.plan finds schedules for memory_budget={least} ({format_bytes(least)}) and more"
+        return f"{text}; or take a smaller batch"
+    except (
+        NotImplementedError,
+        TypeError,
+        ValueError,
+        MemoryError,
+    ):  # what cannot be planned, or not with what is left
         return f"{text}; take a smaller batch"
-    text += f": it takes {format_bytes(used.peak_bytes)}, and what the optimizer keeps"
-    if used.chain.depth <= MOST_LAYERS:
-        least = smallest_budget(used.chain)[0] + used.chain.fixed
-        if least < 0.95 * used.peak_bytes:
-            text += f"; npnet.plan finds schedules for a memory_budget of {format_bytes(least)} and more"
-    return f"{text}; or take a smaller batch"
 
 
-def first_not_finite(layers: Sequence[Layer], x: Array) -> str:
-    """Where the numbers cease to be finite, for a message."""
-    with np.errstate(over="ignore", invalid="ignore"), one_step(next_step()):
+def first_not_finite(layers: Sequence[Layer], x: Array, step: int | None = None) -> str:
+    """Where the numbers of a step cease to be finite, for a message."""
+    with np.errstate(over="ignore", invalid="ignore"), one_step(step):
         for number, layer in enumerate(layers):
             for name, parameter in layer.named_parameters().items():
                 if not is_finite(parameter.value):
@@ -92,4 +106,8 @@ def first_not_finite(layers: Sequence[Layer], x: Array) -> str:
             x = layer(x)
             if not is_finite(x):
                 return f"the output of layer {number}, {layer}, is the first that is not finite"
+    for number, layer in reversed(list(enumerate(layers))):
+        for name, parameter in layer.named_parameters().items():
+            if parameter.gradient is not None and not is_finite(parameter.gradient):
+                return f"the gradient of {name} of layer {number}, {layer}, is the first that is not finite"
     return "the outputs of all layers are finite"

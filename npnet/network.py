@@ -79,7 +79,7 @@ class Network(Savable):
         self._biases = Lender("biases", [layer.bias for layer in self.layers], self._array)
         self._schedule = schedules.none(len(self.layers))
         self._restore: Restore | None = None
-        self._rehearsed: tuple[Schedule | None, int] = None, 0  # the schedule, and the largest batch
+        self._rehearsed: tuple[Schedule | None, int, bool] = None, 0, False  # schedule, largest batch, weights lent
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.sizes})"
@@ -214,7 +214,7 @@ class Network(Savable):
 
         clear_gradients(self.layers)
         schedule = self._schedule_for(len(x), streaming=after_backward is not None)
-        with explained(self, schedule, x):
+        with explained(self, schedule, x, streaming=after_backward is not None):
             backpropagate(
                 self.layers, schedule, x, output_gradient, after_backward=after_backward, restore=self._restore
             )
@@ -222,13 +222,20 @@ class Network(Savable):
     def _rehearse(self, x: Array) -> None:
         """Once for a schedule and batch size: do all that a step does but the update, by the engine alone.
 
-        Methods of a subclass are not called.
+        Methods of a subclass are not called. Once more when weights are lent: each will be copied on its update.
         """
         schedule = self._schedule_for(len(x), streaming=True)
-        if self._rehearsed[0] is not schedule or self._rehearsed[1] < len(x):
-            with explained(self, schedule, x):
-                rehearse(self.layers, schedule, x)
-            self._rehearsed = schedule, len(x)
+        lent = any(parameter.lent for layer in self.layers for parameter in layer.parameters())
+        if self._rehearsed[0] is schedule and self._rehearsed[1] >= len(x) and self._rehearsed[2] >= lent:
+            return
+        copies: list[Array] = []
+
+        def prepare(layer: Layer) -> None:
+            copies.extend(parameter.value.copy(order="F") for parameter in layer.parameters() if parameter.lent)
+
+        with explained(self, schedule, x):
+            rehearse(self.layers, schedule, x, prepare)
+        self._rehearsed = schedule, len(x), lent
 
     def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:
         """What a pass computes, holds and recomputes; streaming: layers are updated on the way back."""

@@ -63,6 +63,8 @@ class Optimizer:
             MemoryError: no parameter was changed.
         """
         for parameter in self.prepare(parameters):
+            if parameter in self._state:
+                self._state[parameter]["steps"] += 1
             self._update(parameter, parameter.take_gradient())
 
     def zero_grad(self, parameters: Iterable[Parameter]) -> None:
@@ -97,6 +99,8 @@ class Optimizer:
     def state_dict(self, parameters: Mapping[str, Parameter]) -> dict[str, Array]:
         """What is remembered of ``parameters``, on the host: "mean/0.weight" and so on; not copied.
 
+        Nothing of those that were never updated: zeros that were only prepared say nothing.
+
         Args:
             parameters: by name, as from `npnet.Layer.named_parameters`.
         """
@@ -105,6 +109,7 @@ class Optimizer:
             f"{kind}/{name}": to_host(value)
             for name, parameter in parameters.items()
             for kind, value in self._state.get(parameter, {}).items()
+            if self._state[parameter]["steps"]
         }
 
     def load_state_dict(self, state: Mapping[str, Array], parameters: Mapping[str, Parameter]) -> None:
@@ -205,7 +210,6 @@ class Adam(Optimizer):
 
     def _update(self, parameter: Parameter, gradient: Array) -> None:
         xp, weight, state = array_module(gradient), parameter.value, self._state[parameter]
-        state["steps"] += 1
         mean, square, t = state["mean"], state["square"], state["steps"]
         xp.multiply(mean, self.beta1, out=mean)
         xp.add(mean, gradient, out=mean)

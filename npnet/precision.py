@@ -298,6 +298,10 @@ class GradScaler:
             self._scale = max(self._scale * self.backoff_factor, SMALLEST_SCALE)
         self._unscaled, self._finite = False, None
 
+    def config(self) -> dict[str, float]:
+        """How the factor moves."""
+        return {name: getattr(self, name) for name in ("growth_factor", "backoff_factor", "growth_interval")}
+
     def state_dict(self) -> dict[str, float]:
         """What a save has to hold."""
         return {"scale": self._scale, "good_steps": self.good_steps, "skipped_steps": self.skipped_steps}

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from npnet.backend import Array
+from npnet.checkpoint import digest
 from npnet.checks import check_number, check_whole
 from npnet.layers import Sequential
 from npnet.optimizers import Optimizer
@@ -73,18 +74,20 @@ class TrainingRun:
         """How many epochs are done."""
         return len(self.history.epochs) - self.epochs_before
 
+    @property
+    def number(self) -> int:
+        """Of the epoch under way, in the history."""
+        return len(self.history.epochs) + 1
+
     def begin_epoch(self) -> None:
-        """From the start, or where the save was made."""
-        if self.losses:
-            self.generator.bit_generator.state = self.stream
-        else:
-            self.stream = self.generator.bit_generator.state
+        """From the start, or where the save was made: the order is drawn again from the same state."""
+        self.stream = self.generator.bit_generator.state
 
     def end_epoch(self, accuracy: float | None) -> None:
         """Put this epoch into the history."""
         if self.losses:
-            number, loss = len(self.history.epochs) + 1, statistics.fmean(self.losses)
-            self.history.epochs.append(Epoch(number, len(self.losses), loss, accuracy, self.seconds))
+            loss = statistics.fmean(self.losses)
+            self.history.epochs.append(Epoch(self.number, len(self.losses), loss, accuracy, self.seconds))
         self.losses, self.seconds = [], 0.0
 
     def state(self) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -142,3 +145,9 @@ def _epoch(row: Mapping[str, Any]) -> Epoch:
         None if score is None else check_number(score, "accuracy"),
         check_number(row["seconds"], "seconds"),
     )
+
+
+def fingerprint(array: Array, prepared: Callable[[Array], Array] = lambda rows: rows) -> str:
+    """What tells data from others: their shape, and a hash of a thousand rows as the model gets them."""
+    rows = prepared(array[:: max(1, len(array) // 1000)])
+    return f"{' x '.join(map(str, array.shape))}, hash {digest(rows)[:8].hex()}"

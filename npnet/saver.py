@@ -10,6 +10,7 @@ from npnet.archive import SaveError, check_name, read_archive, write_archive
 from npnet.checks import check_whole
 from npnet.losses import TrainingDiverged
 from npnet.run import TrainingRun
+from npnet.savable import as_json
 
 
 class Saver:
@@ -25,8 +26,8 @@ class Saver:
         every: steps from save to save.
         resume: go on from the save at ``path``, if there is one. Without, a file that is there already is refused,
             so that no training is lost by starting another.
-        stop_on_error: end the training with the OSError when a save cannot be written. Otherwise that is a warning,
-            and the save before stays.
+        stop_on_error: end the training with the OSError (or MemoryError) when a save cannot be written. Otherwise that
+            is a warning, and the save before stays.
         about: JSON to put into the save, for people and programs.
 
     Raises:
@@ -84,7 +85,7 @@ class Saver:
 
     def _conditions(self, run: TrainingRun) -> dict[str, Any]:
         dtypes = sorted({str(parameter.value.dtype) for parameter in run.model.parameters()})
-        return {"model": run.model.description(), "dtypes": dtypes, **run.conditions}
+        return {"model": run.model.description(), "dtypes": dtypes, **as_json(run.conditions, "fit")}
 
     def step_done(self, run: TrainingRun, ending: bool = False) -> None:
         """Save, if it is time to, or if the run is ending.
@@ -106,11 +107,12 @@ class Saver:
             write_archive(self.path, description, arrays)
         except ValueError as error:
             raise TrainingDiverged(str(error)) from None
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             if self.stop_on_error:
                 raise
             self._taken = 0
-            warnings.warn(f"{error}. Training goes on; {self.last}", RuntimeWarning, stacklevel=2)
+            text = str(error) if isinstance(error, OSError) else f"cannot write {self.path}: out of memory"
+            warnings.warn(f"{text}. Training goes on; {self.last}", RuntimeWarning, stacklevel=2)
             return
         self._note(run)
 

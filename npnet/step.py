@@ -7,7 +7,7 @@ from npnet.backend import Array
 from npnet.checkpoint import backpropagate, clear_gradients
 from npnet.checks import check_kind, check_number, check_whole, shown
 from npnet.failures import explained
-from npnet.layer import Layer, Pair, needs_saved
+from npnet.layer import Layer, Pair, Parameter, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, check_finite
 from npnet.optimizers import Optimizer, clip_grad_norm
@@ -71,14 +71,28 @@ def add_gradients(
         TrainingDiverged: the loss is not finite; all gradients are cleared.
         OutOfMemory: memory ran out; all gradients are cleared.
     """
-    network, output_gradient = as_chain(model), _OutputGradient(loss, y, weight)
-    layers = network.layers
+    network = as_chain(model)
     if not isinstance(schedule, Schedule):
-        schedule = as_schedule(schedule, len(layers), needs_saved(layers))
-    with explained(network, schedule, x, loss):
-        backpropagate(
-            layers, schedule, x, output_gradient, after_backward=after_backward, determinism_check=determinism_check
-        )
+        schedule = as_schedule(schedule, len(network.layers), needs_saved(network.layers))
+    with explained(network, schedule, x, loss=loss):
+        return _add_gradients(network, loss, x, y, weight, schedule, after_backward, determinism_check)
+
+
+def _add_gradients(
+    network: Sequential,
+    loss: Loss,
+    x: Array,
+    y: Array,
+    weight: float,
+    schedule: Schedule,
+    after_backward: Callable[[Layer], None] | None,
+    determinism_check: bool,
+) -> float:
+    """The same, without explaining what goes wrong."""
+    output_gradient = _OutputGradient(loss, y, weight)
+    backpropagate(
+        network.layers, schedule, x, output_gradient, after_backward=after_backward, determinism_check=determinism_check
+    )
     return output_gradient.value
 
 
@@ -158,49 +172,53 @@ def accumulated_step(
         OutOfMemory: memory ran out; see ``streaming``, and `npnet.failures.rehearse`.
         ValueError: the micro-batches end before, or in the middle of one; nothing was updated.
     """
-    clear_gradients(as_chain(model).layers)
+    network = as_chain(model)
+    clear_gradients(network.layers)
     check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
-    samples = check_whole(samples, "samples")
-    value, seen = 0.0, 0
+    samples, value, seen = check_whole(samples, "samples"), 0.0, 0
     scale = 1.0 if scaler is None else check_kind(scaler, GradScaler, "scaler", "GradScaler()").get_scale()
     at_once = streaming and clip_norm is None and scaler is None
     update = (lambda layer: optimizer.step(layer.parameters())) if at_once else None
+    before = None if scaler is None else scaler.state_dict()
     try:
         for x, y in _pairs(micro_batches):
-            seen += rows_of(x, "micro_batches: x")
+            rows = rows_of(x, "micro_batches: x")
+            terms = {"loss": loss, "optimizer": optimizer, "streaming": at_once}
+            terms["accumulation_steps"] = 1 if rows == samples else 2
+            seen += rows
             if seen > samples or not samples:
                 break
-            value += add_gradients(
-                model,
-                loss,
-                x,
-                y,
-                weight=len(x) / samples * scale,
-                schedule=schedule,
-                after_backward=update if seen == samples else None,
-                determinism_check=determinism_check,
-            )
+            weight, last = len(x) / samples * scale, update if seen == samples else None
+            with explained(network, schedule, x, **terms):
+                value += _add_gradients(network, loss, x, y, weight, schedule, last, determinism_check)
             if seen == samples:
                 break
         if seen != samples or not samples:
             raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")
-        if at_once:
-            return value
-        parameters = model.parameters()
-        finite = scaler is None or scaler.unscale(parameters)
-        if clip_norm is not None and finite:
-            clip_grad_norm(parameters, clip_norm)
-        if scaler is not None:
-            scaler.step(optimizer, parameters)
-        else:
-            optimizer.step(parameters)
+        if not at_once:
+            with explained(network, schedule, x, **terms):
+                _update(model.parameters(), optimizer, clip_norm, scaler)
     except BaseException:
         clear_gradients([model])
-        raise
-    finally:
-        if scaler is not None:
+        if scaler is not None and before is not None:
             scaler.update()
+            scaler.load_state_dict(before)
+        raise
     return value / scale
+
+
+def _update(
+    parameters: list[Parameter], optimizer: Optimizer, clip_norm: float | None, scaler: GradScaler | None
+) -> None:
+    """All parameters together: no one is changed before there is memory for all."""
+    finite = scaler is None or scaler.unscale(parameters)
+    if clip_norm is not None and finite:
+        clip_grad_norm(parameters, clip_norm)
+    if scaler is None:
+        optimizer.step(parameters)
+    else:
+        scaler.step(optimizer, parameters)
+        scaler.update()
 
 
 def _pairs(micro_batches: Iterable[Pair]) -> Iterator[Pair]:

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from npnet.backend import Array, backend_of
-from npnet.checkpoint import digest
 from npnet.checks import (
     check_callable,
     check_flag,
@@ -20,7 +20,7 @@ from npnet.checks import (
     check_whole,
 )
 from npnet.datasets import batches
-from npnet.failures import explained, rehearse
+from npnet.failures import explained, first_not_finite, rehearse
 from npnet.interrupts import Interrupts
 from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
@@ -29,7 +29,7 @@ from npnet.optimizers import Optimizer
 from npnet.planner import plan
 from npnet.precision import GradScaler
 from npnet.random import RNG, as_generator
-from npnet.run import History, TrainingRun
+from npnet.run import History, TrainingRun, fingerprint
 from npnet.saver import Saver
 from npnet.schedules import ScheduleLike, as_schedule
 from npnet.step import accumulated_step
@@ -122,19 +122,14 @@ def fit(
                 check_kind(text, str, "show", "'8 MB'")
     epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
     at_once = streaming and clip_norm is None and scaler is None
+    terms: dict[str, Any] = {
+        "loss": loss, "optimizer": optimizer, "streaming": at_once, "accumulation_steps": accumulation_steps
+    }  # fmt: skip
     if memory_budget is not None:
         if not (isinstance(schedule, str) and schedule == "none"):
             raise ValueError("give schedule or memory_budget, not both")
         with _mode(model, training=True):
-            schedule = plan(
-                model,
-                batch_size,
-                memory_budget=memory_budget,
-                loss=loss,
-                optimizer=optimizer,
-                streaming=at_once,
-                accumulation_steps=accumulation_steps,
-            ).schedule
+            schedule = plan(model, batch_size, memory_budget=memory_budget, **terms).schedule
     schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
     prepared = transform or (lambda rows: rows)
     with _mode(model, training=False):
@@ -166,20 +161,22 @@ def fit(
         "batch_size": batch_size,
         "accumulation_steps": accumulation_steps,
         "clip_norm": clip_norm,
-        "scaler": scaler is not None,
+        "scaler": scaler and scaler.config(),
         "order": [type(generator.bit_generator).__name__, shuffle],
         "epochs, while the learning rate falls": epochs if decay else None,
-        "training data": {"x": _fingerprint(x), "y": _fingerprint(y)} if saver else None,
+        "training data": {"x": fingerprint(x, prepared), "y": fingerprint(y)} if saver else None,
     }
     run = TrainingRun(
         model, optimizer, scaler, generator, history, conditions, optimizer.learning_rate, len(history.epochs)
     )
     if saver is not None:
         saver.begin(run)
+    if run.epoch >= epochs:
+        return history
     with Interrupts() as interrupts:
-        if at_once and run.epoch < epochs:
+        if at_once:
             few = prepared(x[:batch_size])
-            with _mode(model, training=True), explained(model, schedule, few, loss):
+            with _mode(model, training=True), explained(model, schedule, few, **terms):
                 rehearse(
                     model.layers,
                     schedule,
@@ -190,19 +187,20 @@ def fit(
         while run.epoch < epochs:
             run.begin_epoch()
             done, score = len(run.losses), None
+            position = first = done * window  # the sample that the step under way begins with
             progress = tqdm(
                 total=steps,
                 initial=done,
-                desc=f"epoch {len(history.epochs) + 1}",
+                desc=f"epoch {run.number}",
                 unit="step",
                 disable=not log,
                 mininterval=0.5,
             )
             try:
-                raw = batches(x, y, batch_size, generator, shuffle, start=done * window)
+                raw = batches(x, y, batch_size, generator, shuffle, start=first)
                 micro_batches = ((prepared(rows), targets) for rows, targets in raw)
                 with _mode(model, training=True):
-                    for position in range(done * window, len(x), window):
+                    for position in range(first, len(x), window):
                         start = time.perf_counter()
                         if decay:
                             past = run.epoch * steps + len(run.losses)
@@ -216,26 +214,39 @@ def fit(
                         if saver is not None:
                             saver.step_done(run, ending=interrupts.pending is not None)
                         interrupts.check()
-                with _mode(model, training=False):
-                    if test_data is not None:
-                        score = accuracy(lambda rows: model.predict(prepared(rows)), *test_data)
+                score = None if test_data is None else _evaluated(model, prepared, *test_data)
                 progress.set_postfix(_readings(run.losses, score, show))
             except TrainingDiverged as error:
-                at = f"epoch {len(history.epochs) + 1}, step {min(len(run.losses) + 1, steps)} of {steps}"
-                saved = f"; {saver.last}" if saver else ""
-                raise TrainingDiverged(f"{at}: {error}{saved}") from None
+                raise _located(error, run.number, min(position // window + 1, steps), steps, saver) from None
             finally:
                 optimizer.learning_rate = run.learning_rate
                 progress.close()
                 run.end_epoch(score)
         if saver is not None:
-            saver.save(run)
+            try:
+                saver.save(run)
+            except TrainingDiverged as error:
+                raise _located(error, run.number - 1, steps, steps, saver) from None
     return history
 
 
-def _fingerprint(array: Array) -> str:
-    """What tells these data from others: their shape, and a hash of a thousand rows."""
-    return f"{' x '.join(map(str, array.shape))}, hash {digest(array[:: max(1, len(array) // 1000)])[:8].hex()}"
+def _evaluated(model: Sequential, prepared: Callable[[Array], Array], x: Array, y: Array) -> float:
+    """The accuracy.
+
+    Raises:
+        TrainingDiverged: an output is not finite; with the layer where that begins.
+    """
+    with _mode(model, training=False):
+        try:
+            return accuracy(lambda rows: model.predict(prepared(rows)), x, y)
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error}; {first_not_finite(model.layers, prepared(x[:1000]))}") from None
+
+
+def _located(error: TrainingDiverged, epoch: int, step: int, steps: int, saver: Saver | None) -> TrainingDiverged:
+    """The error, with where in the training it was, and what is left of that."""
+    saved = f"; {saver.last}" if saver else ""
+    return TrainingDiverged(f"epoch {epoch}, step {step} of {steps}: {error}{saved}")
 
 
 @contextmanager
