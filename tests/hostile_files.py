@@ -87,6 +87,10 @@ def _at(tree: Any, path: tuple[Any, ...]) -> Any:
     return tree
 
 
+def _copy(tree: Any) -> Any:
+    return json.loads(json.dumps(tree))
+
+
 def description(text: str, rng: random.Random) -> str:
     """JSON in which something is something else, gone, there twice, or somebody else's."""
     tree = {"": json.loads(text)}
@@ -97,18 +101,18 @@ def description(text: str, rng: random.Random) -> str:
         *path, key = rng.choice(_paths(tree)[1:])
         parent, what = _at(tree, tuple(path)), rng.random()
         if what < 0.5:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = _copy(rng.choice(VALUES))
         elif what < 0.6:
             parent[key] = mark = f"@{len(raw)}@"
             raw[json.dumps(mark)] = rng.choice(RAW)
         elif what < 0.7:
             del parent[key]
         elif what < 0.8 and isinstance(parent, dict):
-            parent[rng.choice(KEYS)] = rng.choice(VALUES)
+            parent[rng.choice(KEYS)] = _copy(rng.choice(VALUES))
         elif what < 0.9 and isinstance(parent, list):
-            parent[key:key] = [parent[key]] * rng.choice((1, 2, 50))
+            parent[key:key] = [_copy(parent[key]) for _ in range(rng.choice((1, 2, 50)))]
         else:
-            parent[key] = json.loads(json.dumps(_at(tree, rng.choice(_paths(tree)))))
+            parent[key] = _copy(_at(tree, rng.choice(_paths(tree))))
     said = json.dumps(tree[""]) if tree else ""
     for mark, token in raw.items():
         said = said.replace(mark, token)
@@ -213,7 +217,8 @@ def safetensors(text: str, given: Arrays) -> bytes:
     from safetensors.numpy import save
 
     contiguous = {name: np.ascontiguousarray(array) for name, array in given.items()}
-    return save(contiguous, {"npnet": f"{_seal(text, contiguous)} {text}"})
+    text = f"[]\n{text}"
+    return save(contiguous, {"npnet": f"{_seal(text, contiguous)}\n{text}"})
 
 
 def tensor_header(content: bytes, rng: random.Random) -> bytes:
