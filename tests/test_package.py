@@ -284,3 +284,27 @@ def test_the_readme_runs(tmp_path: Path) -> None:
     if not blocks:
         pytest.skip("the README has no ```python blocks")
     run_python("\n".join(blocks), tmp_path)
+
+
+# The promises.
+
+
+def missing_tests(text: str) -> list[str]:
+    """The tests that ``text`` names as `file.py::name`, and that are not there."""
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", text)
+    assert named
+    folder = ROOT / "tests"
+    return [
+        f"{file}::{name}"
+        for file, name in named
+        if not (folder / file).exists() or f"def {name}(" not in (folder / file).read_text(encoding="utf-8")
+    ]
+
+
+def test_the_tests_that_hold_the_promises_are_there() -> None:
+    assert not missing_tests((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+
+
+def test_a_test_that_is_gone_is_missed() -> None:
+    there = "`test_package.py::test_a_test_that_is_gone_is_missed`"
+    assert missing_tests(f"{there}, `test_package.py::test_that_was`") == ["test_package.py::test_that_was"]
