@@ -87,12 +87,7 @@ def _advice(error: MemoryError, network: HasLayers, schedule: Schedule, x: Array
             if least < 0.95 * used.peak_bytes:
                 text += f"; npnet.plan finds schedules for memory_budget={least} ({format_bytes(least)}) and more"
         return f"{text}; or take a smaller batch"
-    except (
-        NotImplementedError,
-        TypeError,
-        ValueError,
-        MemoryError,
-    ):  # what cannot be planned, or not with what is left
+    except (NotImplementedError, TypeError, ValueError, MemoryError):  # it cannot be planned, or not with what is left
         return f"{text}; take a smaller batch"
 
 

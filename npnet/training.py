@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -99,27 +100,15 @@ def fit(
         FileExistsError, SaveError, OSError: see `npnet.Saver`.
         KeyboardInterrupt, SystemExit: the signals.
     """
-    from tqdm.auto import tqdm
-
     check_kind(model, Sequential, "model", "mlp([784, 30, 10])")
     check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()")
     check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
     flags = {"shuffle": shuffle, "decay": decay, "determinism_check": determinism_check, "log": log}
     for name, flag in {**flags, "streaming": streaming}.items():
         check_flag(flag, name)
-    if scaler is not None:
-        check_kind(scaler, GradScaler, "scaler", "GradScaler()")
-    if saver is not None:
-        check_kind(saver, Saver, "saver", "Saver('run.npz')")
-    if transform is not None:
-        check_callable(transform, "transform")
-    if clip_norm is not None:
-        clip_norm = check_number(clip_norm, "clip_norm")
+    _check_optional(scaler, saver, transform, show)
+    clip_norm = None if clip_norm is None else check_number(clip_norm, "clip_norm")
     history = History() if history is None else check_kind(history, History, "history", "History()")
-    if show is not None:
-        for texts in check_kind(show, Mapping, "show", "{'peak': '8 MB'}").items():  # type: ignore[type-abstract]
-            for text in texts:
-                check_kind(text, str, "show", "'8 MB'")
     epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
     at_once = streaming and clip_norm is None and scaler is None
     terms: dict[str, Any] = {
@@ -136,25 +125,11 @@ def fit(
         _check_data(model, loss, "training data", training_data, prepared)
         if test_data is not None:
             _check_data(model, loss, "test data", test_data, prepared)
-    if test_data is not None:
-        check_one_hot(test_data[1], "test data: y")
+            check_one_hot(test_data[1], "test data: y")
     x, y = training_data
     if batch_size > len(x):
         raise ValueError(f"batch_size: {batch_size} is more than the {len(x)} training samples")
     accumulation_steps = check_whole(accumulation_steps, "accumulation_steps", least=1)
-    window = batch_size * accumulation_steps
-    steps = -(-len(x) // window)
-    step = partial(
-        accumulated_step,
-        model,
-        loss,
-        optimizer,
-        schedule,
-        clip_norm=clip_norm,
-        scaler=scaler,
-        streaming=streaming,
-        determinism_check=determinism_check,
-    )
     conditions = {
         "loss": type(loss).__name__,
         "optimizer": {"kind": type(optimizer).__name__, **optimizer.config()},
@@ -166,13 +141,26 @@ def fit(
         "epochs, while the learning rate falls": epochs if decay else None,
         "training data": {"x": fingerprint(x, prepared), "y": fingerprint(y)} if saver else None,
     }
-    run = TrainingRun(
-        model, optimizer, scaler, generator, history, conditions, optimizer.learning_rate, len(history.epochs)
-    )
+    rate = optimizer.learning_rate
+    run = TrainingRun(model, optimizer, scaler, generator, history, conditions, rate, len(history.epochs))
     if saver is not None:
         saver.begin(run)
     if run.epoch >= epochs:
         return history
+    step = partial(
+        accumulated_step,
+        model,
+        loss,
+        optimizer,
+        schedule,
+        clip_norm=clip_norm,
+        scaler=scaler,
+        streaming=streaming,
+        determinism_check=determinism_check,
+    )
+    loop = _Loop(
+        run, step, x, y, test_data, prepared, batch_size, accumulation_steps, shuffle, epochs, decay, saver, show, log
+    )
     with Interrupts() as interrupts:
         if at_once:
             few = prepared(x[:batch_size])
@@ -185,49 +173,81 @@ def fit(
                     accumulating=accumulation_steps > 1,
                 )
         while run.epoch < epochs:
-            run.begin_epoch()
-            done, score = len(run.losses), None
-            position = first = done * window  # the sample that the step under way begins with
-            progress = tqdm(
-                total=steps,
-                initial=done,
-                desc=f"epoch {run.number}",
-                unit="step",
-                disable=not log,
-                mininterval=0.5,
-            )
-            try:
-                raw = batches(x, y, batch_size, generator, shuffle, start=first)
-                micro_batches = ((prepared(rows), targets) for rows, targets in raw)
-                with _mode(model, training=True):
-                    for position in range(first, len(x), window):
-                        start = time.perf_counter()
-                        if decay:
-                            past = run.epoch * steps + len(run.losses)
-                            optimizer.learning_rate = run.learning_rate * (1 - past / (epochs * steps))
-                        window_batches = itertools.islice(micro_batches, accumulation_steps)
-                        run.losses.append(step(window_batches, min(window, len(x) - position)))
-                        run.seconds += time.perf_counter() - start
-                        if log:
-                            progress.set_postfix(_readings(run.losses, history.accuracy, show), refresh=False)
-                        progress.update()
-                        if saver is not None:
-                            saver.step_done(run, ending=interrupts.pending is not None)
-                        interrupts.check()
-                score = None if test_data is None else _evaluated(model, prepared, *test_data)
-                progress.set_postfix(_readings(run.losses, score, show))
-            except TrainingDiverged as error:
-                raise _located(error, run.number, min(position // window + 1, steps), steps, saver) from None
-            finally:
-                optimizer.learning_rate = run.learning_rate
-                progress.close()
-                run.end_epoch(score)
+            loop.epoch(interrupts)
         if saver is not None:
             try:
                 saver.save(run)
             except TrainingDiverged as error:
-                raise _located(error, run.number - 1, steps, steps, saver) from None
+                raise _located(error, run.number - 1, loop.steps, loop.steps, saver) from None
     return history
+
+
+@dataclass
+class _Loop:
+    """What stays the same from epoch to epoch."""
+
+    run: TrainingRun
+    step: Callable[[Iterator[Pair], int], float]
+    x: Array
+    y: Array
+    test_data: Pair | None
+    prepared: Callable[[Array], Array]
+    batch_size: int
+    accumulation_steps: int
+    shuffle: bool
+    epochs: int
+    decay: bool
+    saver: Saver | None
+    show: Mapping[str, str] | None
+    log: bool
+
+    @property
+    def window(self) -> int:
+        """Samples to an update."""
+        return self.batch_size * self.accumulation_steps
+
+    @property
+    def steps(self) -> int:
+        """Updates to an epoch."""
+        return -(-len(self.x) // self.window)
+
+    def epoch(self, interrupts: Interrupts) -> None:
+        """An epoch, from its beginning or from where it was saved."""
+        from tqdm.auto import tqdm
+
+        run, model, optimizer, steps = self.run, self.run.model, self.run.optimizer, self.steps
+        run.begin_epoch()
+        done, score = len(run.losses), None
+        number = done  # of the step under way
+        what = {"desc": f"epoch {run.number}", "unit": "step", "disable": not self.log, "mininterval": 0.5}
+        progress = tqdm(total=steps, initial=done, **what)
+        try:
+            start = done * self.window
+            raw = batches(self.x, self.y, self.batch_size, run.generator, self.shuffle, start=start)
+            micro_batches = ((self.prepared(rows), targets) for rows, targets in raw)
+            with _mode(model, training=True):
+                for number in range(done, steps):
+                    began = time.perf_counter()
+                    if self.decay:
+                        past = (run.epoch * steps + number) / (self.epochs * steps)
+                        optimizer.learning_rate = run.learning_rate * (1 - past)
+                    samples = min(self.window, len(self.x) - number * self.window)
+                    run.losses.append(self.step(itertools.islice(micro_batches, self.accumulation_steps), samples))
+                    run.seconds += time.perf_counter() - began
+                    if self.log:
+                        progress.set_postfix(_readings(run.losses, run.history.accuracy, self.show), refresh=False)
+                    progress.update()
+                    if self.saver is not None:
+                        self.saver.step_done(run, ending=interrupts.pending is not None)
+                    interrupts.check()
+            score = None if self.test_data is None else _evaluated(model, self.prepared, *self.test_data)
+            progress.set_postfix(_readings(run.losses, score, self.show))
+        except TrainingDiverged as error:
+            raise _located(error, run.number, min(number + 1, steps), steps, self.saver) from None
+        finally:
+            optimizer.learning_rate = run.learning_rate
+            progress.close()
+            run.end_epoch(score)
 
 
 def _evaluated(model: Sequential, prepared: Callable[[Array], Array], x: Array, y: Array) -> float:
@@ -264,6 +284,20 @@ def _readings(losses: list[float], score: float | None, show: Mapping[str, str] 
     """What stands behind the progress bar: the mean of the last 100 losses, and the last accuracy on the test data."""
     accuracy = "-" if score is None else f"{score:.4f}"
     return {"loss": f"{statistics.fmean(losses[-100:]):.4f}", "test accuracy": accuracy, **(show or {})}
+
+
+def _check_optional(scaler: Any, saver: Any, transform: Any, show: Any) -> None:
+    """Refuse what is neither None nor what it should be."""
+    if scaler is not None:
+        check_kind(scaler, GradScaler, "scaler", "GradScaler()")
+    if saver is not None:
+        check_kind(saver, Saver, "saver", "Saver('run.npz')")
+    if transform is not None:
+        check_callable(transform, "transform")
+    if show is not None:
+        for texts in check_kind(show, Mapping, "show", "{'peak': '8 MB'}").items():  # type: ignore[type-abstract]
+            for text in texts:
+                check_kind(text, str, "show", "'8 MB'")
 
 
 def _check_data(model: Sequential, loss: Loss, name: str, pair: Pair, prepared: Callable[[Array], Array]) -> None:
