@@ -1,8 +1,8 @@
 """When a training step fails: found out before anything is updated, and explained."""
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -56,23 +56,27 @@ def rehearse(
         backpropagate(layers, schedule, x, output_gradient, after_backward=after_backward)
 
 
-@contextmanager
-def explained(network: HasLayers, schedule: Schedule, x: Array, **terms: Any) -> Iterator[None]:
+class explained:  # noqa: N801 - used as a function; a class, since every step enters it
     """Add to what a step on ``x`` raises: the layer where the numbers diverged, or what would take less memory.
 
     Args:
         terms: what else `npnet.plan` has to know of the step.
     """
-    step = next_step()
-    try:
-        yield
-    except TrainingDiverged as error:
-        raise TrainingDiverged(f"{error}; {first_not_finite(network.layers, x, step)}") from None
-    except OutOfMemory:
-        raise
-    except MemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # else the error holds the activations, while a way out is sought
-        raise OutOfMemory(_advice(error, network, schedule, x, terms)) from error
+
+    def __init__(self, network: HasLayers, schedule: Schedule, x: Array, **terms: Any) -> None:
+        self.network, self.schedule, self.x, self.terms = network, schedule, x, terms
+
+    def __enter__(self) -> None:
+        self.step = next_step()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, TrainingDiverged):
+            raise TrainingDiverged(f"{error}; {first_not_finite(self.network.layers, self.x, self.step)}") from None
+        if isinstance(error, MemoryError) and not isinstance(error, OutOfMemory):
+            traceback.clear_frames(trace)  # else the error holds the activations, while a way out is sought
+            raise OutOfMemory(_advice(error, self.network, self.schedule, self.x, self.terms)) from error
 
 
 def _advice(error: MemoryError, network: HasLayers, schedule: Schedule, x: Array, terms: dict[str, Any]) -> str:
