@@ -1,7 +1,7 @@
 """Checks of what people pass in: each says what was wrong, what was expected, and what to do."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +30,11 @@ def check_kind(value: Any, kind: type[T], name: str, example: str) -> T:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected a {kind.__name__}, such as {example}, got {shown(value)}")
     return value
+
+
+def check_mapping(value: Any, name: str, example: str) -> Mapping[Any, Any]:
+    """``value``, if it is a mapping; raises as `check_kind`."""
+    return check_kind(value, Mapping, name, example)  # type: ignore[type-abstract]
 
 
 def check_callable(value: Any, name: str) -> None:

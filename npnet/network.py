@@ -191,7 +191,6 @@ class Network(Savable):
         rate = check_number(eta, "eta") / len(x)
         if getattr(self.backprop, "__func__", None) is Network.backprop:
             try:
-                self._rehearse(x)
                 self._run(x, y, rate, _descend)
             finally:  # after the step, in which overridden methods may have asked for the lists, too
                 self._weights.take_back()
@@ -215,17 +214,18 @@ class Network(Savable):
         clear_gradients(self.layers)
         schedule = self._schedule_for(len(x), streaming=after_backward is not None)
         with explained(self, schedule, x, streaming=after_backward is not None):
+            if after_backward is not None:
+                self._rehearse(schedule, x)
             backpropagate(
                 self.layers, schedule, x, output_gradient, after_backward=after_backward, restore=self._restore
             )
 
-    def _rehearse(self, x: Array) -> None:
+    def _rehearse(self, schedule: Schedule, x: Array) -> None:
         """Once for a schedule and batch size: do all that a step does but the update, by the engine alone.
 
         Methods of a subclass are not called. Once more when weights are lent: each will be copied on its update.
         """
-        schedule = self._schedule_for(len(x), streaming=True)
-        lent = any(parameter.lent for layer in self.layers for parameter in layer.parameters())
+        lent = any(each.lent for lender in (self._weights, self._biases) for each in lender.parameters)
         if self._rehearsed[0] is schedule and self._rehearsed[1] >= len(x) and self._rehearsed[2] >= lent:
             return
         copies: list[Array] = []
@@ -233,8 +233,7 @@ class Network(Savable):
         def prepare(layer: Layer) -> None:
             copies.extend(parameter.value.copy(order="F") for parameter in layer.parameters() if parameter.lent)
 
-        with explained(self, schedule, x):
-            rehearse(self.layers, schedule, x, prepare)
+        rehearse(self.layers, schedule, x, prepare)
         self._rehearsed = schedule, len(x), lent
 
     def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from npnet.backend import Array, array_module, backend_of, to_backend, to_host
-from npnet.checks import check_kind, check_number, shown
+from npnet.checks import check_kind, check_mapping, check_number, shown
 from npnet.layer import Parameter
 from npnet.losses import check_finite
 
@@ -104,7 +104,7 @@ class Optimizer:
         Args:
             parameters: by name, as from `npnet.Layer.named_parameters`.
         """
-        check_parameters(_check_mapping(parameters, "parameters", "model.named_parameters()").values())
+        check_parameters(check_mapping(parameters, "parameters", "model.named_parameters()").values())
         return {
             f"{kind}/{name}": to_host(value)
             for name, parameter in parameters.items()
@@ -118,8 +118,8 @@ class Optimizer:
         Raises:
             ValueError: an entry is missing, unknown, or does not fit; nothing is changed.
         """
-        _check_mapping(state, "state", "what state_dict gave")
-        check_parameters(_check_mapping(parameters, "parameters", "model.named_parameters()").values())
+        check_mapping(state, "state", "what state_dict gave")
+        check_parameters(check_mapping(parameters, "parameters", "model.named_parameters()").values())
         kinds, fresh = ("steps", *self.state_names), {}
         known = {f"{kind}/{name}" for name in parameters for kind in kinds}
         if not set(state) <= known:
@@ -148,10 +148,6 @@ class Optimizer:
         for parameter in parameters.values():
             self._state.pop(parameter, None)
         self._state |= fresh
-
-
-def _check_mapping(value: Any, name: str, example: str) -> Any:
-    return check_kind(value, Mapping, name, example)  # type: ignore[type-abstract]
 
 
 class SGD(Optimizer):

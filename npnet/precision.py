@@ -17,7 +17,7 @@ import numpy as np
 
 from npnet.backend import Array, array_module, backend_of
 from npnet.checkpoint import Checkpoint
-from npnet.checks import check_flag, check_float, check_kind, check_number, check_whole, is_finite, shown
+from npnet.checks import check_flag, check_float, check_kind, check_mapping, check_number, check_whole, is_finite, shown
 from npnet.layer import InPlaceLayer, Layer, LayerCost, Parameter, Saved
 from npnet.layers import Dense, Sequential
 from npnet.optimizers import Optimizer, check_parameters
@@ -312,7 +312,7 @@ class GradScaler:
         Raises:
             TypeError, ValueError: no mapping, an entry is missing, or not a number that can be.
         """
-        check_kind(state, Mapping, "GradScaler.load_state_dict", "what state_dict() gives")  # type: ignore[type-abstract]
+        check_mapping(state, "GradScaler.load_state_dict", "what state_dict() gives")
         missing = {"scale", "good_steps", "skipped_steps"} - set(state)
         if missing:
             raise ValueError(f"GradScaler.load_state_dict: missing {', '.join(sorted(missing))}")

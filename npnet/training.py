@@ -14,6 +14,7 @@ from npnet.checks import (
     check_callable,
     check_flag,
     check_kind,
+    check_mapping,
     check_no_nan,
     check_number,
     check_one_hot,
@@ -295,7 +296,7 @@ def _check_optional(scaler: Any, saver: Any, transform: Any, show: Any) -> None:
     if transform is not None:
         check_callable(transform, "transform")
     if show is not None:
-        for texts in check_kind(show, Mapping, "show", "{'peak': '8 MB'}").items():  # type: ignore[type-abstract]
+        for texts in check_mapping(show, "show", "{'peak': '8 MB'}").items():
             for text in texts:
                 check_kind(text, str, "show", "'8 MB'")
 

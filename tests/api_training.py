@@ -33,23 +33,18 @@ def fitted(model: Any, **options: Any) -> Any:
     return [[(epoch.loss, epoch.accuracy or 0.0) for epoch in history.epochs], *values(model)]
 
 
+PASS = {"layers": MODEL.layers, "schedule": EVERY, "x": X, "output_gradient": lambda output: np.ones_like(output)}
 call(
     "backpropagate",
     backpropagated,
-    layers=MODEL.layers,
-    schedule=EVERY,
-    x=X,
-    output_gradient=lambda output: np.ones_like(output),
+    **PASS,
     needs_dx=True,
     determinism_check=True,
 )
 call(
     "backpropagate [callbacks]",
     backpropagated,
-    layers=MODEL.layers,
-    schedule=EVERY,
-    x=X,
-    output_gradient=lambda output: np.ones_like(output),
+    **PASS,
     after_backward=None,
     restore=None,
 )
@@ -91,15 +86,12 @@ call(
     **BATCH,
     after_backward=None,
 )
+FIT = {"model": MODEL, "training_data": PAIR, "loss": LOSS, "epochs": 1, "batch_size": 2}
 call(
     "fit",
     fitted,
-    model=MODEL,
-    training_data=PAIR,
-    loss=LOSS,
+    **FIT,
     optimizer=npnet.SGD(0.1),
-    epochs=1,
-    batch_size=2,
     schedule="sqrt",
     test_data=PAIR,
     rng=0,
@@ -113,12 +105,8 @@ call(
 call(
     "fit [budget]",
     fitted,
-    model=MODEL,
-    training_data=PAIR,
-    loss=LOSS,
+    **FIT,
     optimizer=npnet.SGD(0.1),
-    epochs=1,
-    batch_size=2,
     memory_budget="1 MB",
     determinism_check=True,
     history=npnet.History(),
@@ -128,12 +116,8 @@ call(
 call(
     "fit [streaming]",
     fitted,
-    model=MODEL,
-    training_data=PAIR,
-    loss=LOSS,
+    **FIT,
     optimizer=npnet.SGD(0.1),
-    epochs=1,
-    batch_size=2,
     streaming=True,
     saver=None,
     transform=None,

@@ -7,6 +7,7 @@ import npnet
 from npnet import Linear, Residual, Sequential
 from npnet.losses import LOSSES
 from tests.test_curvature import batch_of, flatten, random_vector, shaken
+from tests.test_oracle_torch_layers import TorchResidual
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
@@ -20,17 +21,6 @@ THEIRS = {
     "bce_with_logits": nn.BCEWithLogitsLoss(),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES)
-
-
-class Sum(nn.Module):
-    """torch's residual connection."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return x + self.inner(x)
 
 
 def models():
@@ -51,7 +41,7 @@ def models():
         nn.Linear(4, 6),
         nn.LayerNorm(6),
         nn.GELU(),
-        Sum(nn.Sequential(nn.Linear(6, 5), nn.GELU("tanh"), nn.Linear(5, 6), nn.Tanh())),
+        TorchResidual(nn.Sequential(nn.Linear(6, 5), nn.GELU("tanh"), nn.Linear(5, 6), nn.Tanh())),
         nn.Sigmoid(),
         nn.Linear(6, 6),
         nn.Softmax(dim=1),
