@@ -18,6 +18,7 @@ from npnet.backend import (
     use_backend,
 )
 from npnet.blocks import GELU, Dropout, LayerNorm, Residual
+from npnet.capture import CapturedStep
 from npnet.checkpoint import backpropagate
 from npnet.curvature import (
     gradient_norm_gradient,
@@ -46,6 +47,7 @@ from npnet.schedule import InvalidSchedule, Schedule
 from npnet.step import accumulated_step, add_gradients, lazy_gradient, train_step, value_and_grad
 from npnet.storage import load
 from npnet.summary import summary
+from npnet.tracing import CannotCapture
 from npnet.training import fit
 
 __version__ = "0.1.0"
@@ -57,6 +59,8 @@ __all__ = [
     "Adam",
     "BCEWithLogits",
     "BackendUnavailable",
+    "CannotCapture",
+    "CapturedStep",
     "DataError",
     "Dense",
     "Dropout",

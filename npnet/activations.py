@@ -19,6 +19,7 @@ class Activation(Layer):
     output_suffices = True
     flops: ClassVar[tuple[int, int]]  # an element, forward and backward
     slope_arrays: ClassVar[int] = 1  # arrays of the output's size that backward_ takes
+    slope_itemsize: ClassVar[int | None] = None  # bytes of one of their elements, if not as many as the output's
 
     def __repr__(self) -> str:
         return type(self).__name__.lower()
@@ -30,7 +31,7 @@ class Activation(Layer):
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
         size = shape[0] * shape[1]
         bytes_, (forward, backward) = size * dtype.itemsize, self.flops
-        slope = bytes_ * self.slope_arrays
+        slope = size * self.slope_arrays * (self.slope_itemsize or dtype.itemsize)
         return LayerCost(shape, bytes_, 0, 0, 0, slope, forward * size, backward * size, in_place=True)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
@@ -117,6 +118,7 @@ class ReLU(Activation):
     """f(z) = max(z, 0), and f' = 1 where y > 0, else 0 (at the kink too, as in PyTorch)."""
 
     flops = (1, 2)
+    slope_itemsize = 1
 
     def forward_(self, z: Array, bias: Array | None = None) -> None:
         _add_(z, bias)
@@ -126,7 +128,7 @@ class ReLU(Activation):
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
         _, y = saved
         xp = array_module(dy)
-        xp.multiply(dy, xp.sign(y), out=dy)  # y >= 0, so its sign is the slope: 0 or 1
+        xp.multiply(dy, xp.greater(y, scalar(xp, 0.0, y.dtype)), out=dy)  # the slope: True or False, a byte each
         return dy
 
 

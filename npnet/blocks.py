@@ -39,10 +39,7 @@ class Dropout(Layer):
         self.check_input(x)
         if not self.training or not self.p:
             return x.copy(), None
-        xp = array_module(x)
-        # On the host in every backend, so that a seed means the same mask everywhere. (batch, features), bool
-        kept = draws(self.key, current_step()).random(x.shape, np.float32) >= self.p
-        mask = xp.asarray(kept)
+        xp, mask = array_module(x), keep_mask(x, self.key, self.p)
         y = xp.multiply(x, mask)
         xp.multiply(y, 1 / (1 - self.p), out=y)
         return y, mask
@@ -66,6 +63,16 @@ class Dropout(Layer):
         bytes_ = size * dtype.itemsize
         forward = max(mask, mask + random - bytes_)
         return LayerCost(shape, bytes_, mask, forward, 0, 0, 3 * size, 2 * size, False, False, True)
+
+
+def keep_mask(x: Array, key: int, p: float) -> Array:
+    """What dropout keeps of ``x`` in the step under way: booleans of its shape, True with probability 1 - p."""
+    xp = array_module(x)
+    if hasattr(xp, "keep_mask"):  # x only stands in for an array
+        mask: Array = xp.keep_mask(x, key, p)
+    else:  # on the host in every backend, so that a seed means the same mask everywhere
+        mask = xp.asarray(draws(key, current_step()).random(x.shape, np.float32) >= p)
+    return mask
 
 
 class LayerNorm(Layer):

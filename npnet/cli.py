@@ -120,6 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--epochs", type=argument(whole("epochs", 1)), help=f"passes over the data {default('epochs')}")
     train.add_argument("--backend", help="numpy or cupy (default: $NPNET_BACKEND, else numpy)")
     train.add_argument("--samples", type=argument(whole("samples", 1)), help="train on the first SAMPLES images only")
+    train.add_argument(
+        "--capture", action="store_true", help="record a step and replay it: the same numbers, faster on thin layers"
+    )
     train.add_argument("--quiet", action="store_true", help="no progress bars")
     train.add_argument(
         "--save-every", type=argument(whole("steps", 1)), metavar="N",
@@ -218,6 +221,7 @@ def run_train(options: argparse.Namespace) -> int:
         options.checkpoint_every,
         get_backend(options.backend),
         memory_budget=options.memory_budget,
+        capture=options.capture,
         data=options.data,
         out=options.out,
         saver=saver,

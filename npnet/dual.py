@@ -2,8 +2,7 @@
 
 A dual array is a value u and a tangent u', the derivative of u in some direction. Arithmetic on duals follows the rules
 of calculus: (u v)' = u' v + u v', exp(u)' = u' exp(u), and so on. `Dual` and `DualModule` stand in for an array and its
-module, so that a layer runs on them as it is: npnet's layers ask for the module of what they are given
-(`npnet.array_module`). Running the *backward* pass on duals gives the derivative of the gradient, which is what
+module (see `npnet.stand_in`). Running the *backward* pass on duals gives the derivative of the gradient, which is what
 `npnet.curvature` is about.
 
 Clifford, "Preliminary sketch of biquaternions", 1873; Griewank & Walther, "Evaluating Derivatives", 2008, chapter 3.
@@ -12,50 +11,27 @@ Clifford, "Preliminary sketch of biquaternions", 1873; Griewank & Walther, "Eval
 import math
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-
 from npnet.backend import Array, Backend, array_module, ones, register_array_type, to_host
+from npnet.stand_in import StandIn
 
 Tangent: TypeAlias = Array | None
 """None is zero: nothing is computed with it."""
 
 
-class Dual:
+class Dual(StandIn):
     """An array ``value`` and its ``tangent``, of the same shape."""
 
-    __slots__ = ("tangent", "value")
+    __slots__ = ("tangent",)
     __array_ufunc__ = None  # an operation with a NumPy array is ours
 
     def __init__(self, value: Any, tangent: Tangent = None) -> None:
-        self.value, self.tangent = value, tangent
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As of an array."""
-        return self.value.shape  # type: ignore[no-any-return]
-
-    @property
-    def ndim(self) -> int:
-        """As of an array."""
-        return self.value.ndim  # type: ignore[no-any-return]
-
-    @property
-    def size(self) -> int:
-        """As of an array."""
-        return self.value.size  # type: ignore[no-any-return]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """As of an array."""
-        return self.value.dtype  # type: ignore[no-any-return]
+        super().__init__(value)
+        self.tangent = tangent
 
     @property
     def T(self) -> "Dual":  # noqa: N802 - NumPy's name
         """The transpose."""
         return self._linear(lambda u: u.T)
-
-    def __len__(self) -> int:
-        return len(self.value)
 
     def __float__(self) -> float:
         return float(self.value)
@@ -94,32 +70,6 @@ class Dual:
     def max(self, axis: int | None = None, keepdims: bool = False) -> "Dual":
         """The maximum as a constant: right where only a shift that cancels is made of it, as in softmax."""
         return Dual(self.value.max(axis=axis, keepdims=keepdims))
-
-    def __add__(self, other: Any) -> "Dual":
-        return MODULE.add(self, other)
-
-    def __sub__(self, other: Any) -> "Dual":
-        return MODULE.subtract(self, other)
-
-    def __rsub__(self, other: Any) -> "Dual":
-        return MODULE.subtract(other, self)
-
-    def __mul__(self, other: Any) -> "Dual":
-        return MODULE.multiply(self, other)
-
-    def __truediv__(self, other: Any) -> "Dual":
-        return MODULE.divide(self, other)
-
-    def __rtruediv__(self, other: Any) -> "Dual":
-        return MODULE.divide(other, self)
-
-    def __iadd__(self, other: Any) -> "Dual":
-        return MODULE.add(self, other, out=self)
-
-    def __imul__(self, other: Any) -> "Dual":
-        return MODULE.multiply(self, other, out=self)
-
-    __radd__, __rmul__ = __add__, __mul__
 
 
 def _split(x: Any) -> tuple[Any, Tangent]:
@@ -233,10 +183,11 @@ class DualModule:
         u, du = _split(x)
         return _result(abs(u), _times(du, array_module(u).sign(u)), out)
 
-    def sign(self, x: Any, out: Dual | None = None) -> Dual:
-        """A constant."""
-        u, _ = _split(x)
-        return _result(array_module(u).sign(u), None, out)
+    def greater(self, x: Any, y: Any) -> Array:
+        """Of the values."""
+        (u, _), (v, _) = _split(x), _split(y)
+        compared: Array = array_module(u).greater(u, v)
+        return compared
 
     def isfinite(self, x: Dual) -> Array:
         """Of the values."""
@@ -271,5 +222,5 @@ class DualModule:
         return Dual(einsum(subscripts, u, v), tangent)
 
 
-MODULE = DualModule()
+MODULE = Dual.xp = DualModule()
 register_array_type(Backend("dual", MODULE, Dual, lambda x: to_host(x.value)))

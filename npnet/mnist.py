@@ -80,6 +80,7 @@ def train(
     backend: Backend,
     *,
     memory_budget: float | str | None = None,
+    capture: bool = False,
     data: str | None = None,
     out: Path | None = None,
     saver: Saver | None = None,
@@ -90,6 +91,7 @@ def train(
     Args:
         checkpoints: the schedule to train with; plain backpropagation is measured beside it.
         memory_budget: instead of it, bytes or "20 MB": the cheapest schedule for this budget is planned.
+        capture: replay recorded steps (see `npnet.CapturedStep`).
         data: MNIST's file or folder, if it is not to be searched.
         out: an existing folder, or None.
         saver: saves the training, and goes on with it (see `npnet.Saver`).
@@ -130,6 +132,7 @@ def train(
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             schedule=plans[-1].schedule,
+            capture=capture,
             test_data=test_data,
             transform=transform,
             rng=settings.seed,

@@ -63,9 +63,9 @@ class Optimizer:
             MemoryError: no parameter was changed.
         """
         for parameter in self.prepare(parameters):
-            if parameter in self._state:
-                self._state[parameter]["steps"] += 1
-            self._update(parameter, parameter.take_gradient())
+            state = self._state.get(parameter, {"steps": 0})
+            state["steps"] += 1
+            self._update(parameter, parameter.take_gradient(), *self._factors(state["steps"]))
 
     def zero_grad(self, parameters: Iterable[Parameter]) -> None:
         """Forget the gradients, before new ones are added up."""
@@ -80,15 +80,24 @@ class Optimizer:
             check_parameters(parameters)  # the reason, most likely
             raise
         for parameter in ready:
-            weight = parameter.writable()
+            weight = self._allocate(parameter)
             if self.weight_decay:
-                parameter.accumulate(weight * self.weight_decay)
-            if self.state_names and parameter not in self._state:
-                zeros = array_module(weight).zeros_like
-                self._state[parameter] = {**{name: zeros(weight) for name in self.state_names}, "steps": 0}
+                parameter.accumulate(array_module(weight).multiply(weight, self.weight_decay))
         return ready
 
-    def _update(self, parameter: Parameter, gradient: Array) -> None:
+    def _allocate(self, parameter: Parameter) -> Array:
+        """Allocate what an update of the parameter takes besides its gradient; returns the array that it overwrites."""
+        weight = parameter.writable()
+        if self.state_names and parameter not in self._state:
+            zeros = array_module(weight).zeros_like
+            self._state[parameter] = {**{name: zeros(weight) for name in self.state_names}, "steps": 0}
+        return weight
+
+    def _factors(self, steps: int) -> tuple[float, ...]:
+        """The numbers of the formula that change from step to step, for a parameter's update number ``steps``."""
+        return ()
+
+    def _update(self, parameter: Parameter, gradient: Array, *factors: Any) -> None:
         """Change the parameter's value, overwriting ``gradient``, without allocating arrays: nothing may fail here."""
         raise NotImplementedError(f"{type(self).__name__}._update")
 
@@ -166,15 +175,18 @@ class SGD(Optimizer):
     def state_names(self) -> tuple[str, ...]:
         return ("velocity",) if self.momentum else ()
 
-    def _update(self, parameter: Parameter, gradient: Array) -> None:
-        xp, weight = array_module(gradient), parameter.value
+    def _factors(self, steps: int) -> tuple[float, ...]:
+        return (self.learning_rate,)
+
+    def _update(self, parameter: Parameter, gradient: Array, *factors: Any) -> None:
+        xp, weight, (rate,) = array_module(gradient), parameter.value, factors
         if self.momentum:
             velocity = self._state[parameter]["velocity"]
             xp.multiply(velocity, self.momentum, out=velocity)
             xp.add(velocity, gradient, out=velocity)
-            xp.multiply(velocity, self.learning_rate, out=gradient)
+            xp.multiply(velocity, rate, out=gradient)
         else:
-            xp.multiply(gradient, self.learning_rate, out=gradient)
+            xp.multiply(gradient, rate, out=gradient)
         xp.subtract(weight, gradient, out=weight)
 
 
@@ -204,19 +216,23 @@ class Adam(Optimizer):
 
     not_negative = ("square",)
 
-    def _update(self, parameter: Parameter, gradient: Array) -> None:
+    def _factors(self, steps: int) -> tuple[float, ...]:
+        scale = math.sqrt((1 - self.beta2) / (1 - self.beta2**steps))  # sqrt(v') = scale * sqrt(square)
+        return self.epsilon / scale, self.learning_rate * (1 - self.beta1) / (1 - self.beta1**steps) / scale
+
+    def _update(self, parameter: Parameter, gradient: Array, *factors: Any) -> None:
         xp, weight, state = array_module(gradient), parameter.value, self._state[parameter]
-        mean, square, t = state["mean"], state["square"], state["steps"]
+        mean, square, (epsilon, rate) = state["mean"], state["square"], factors
         xp.multiply(mean, self.beta1, out=mean)
         xp.add(mean, gradient, out=mean)
         xp.multiply(gradient, gradient, out=gradient)
         xp.multiply(square, self.beta2, out=square)
         xp.add(square, gradient, out=square)
-        step, scale = gradient, math.sqrt((1 - self.beta2) / (1 - self.beta2**t))  # sqrt(v') = scale * sqrt(square)
+        step = gradient
         xp.sqrt(square, out=step)
-        xp.add(step, self.epsilon / scale, out=step)
+        xp.add(step, epsilon, out=step)
         xp.divide(mean, step, out=step)
-        xp.multiply(step, self.learning_rate * (1 - self.beta1) / (1 - self.beta1**t) / scale, out=step)
+        xp.multiply(step, rate, out=step)
         xp.subtract(weight, step, out=weight)
 
 

@@ -57,6 +57,14 @@ STEP = {"model": MODEL, "loss": LOSS}
 call("add_gradients", npnet.add_gradients, **STEP, **BATCH, weight=0.5, schedule=EVERY, after_backward=None)
 call("value_and_grad", npnet.value_and_grad, **STEP, **BATCH, schedule="sqrt", determinism_check=False)
 call("train_step", after(npnet.train_step), **STEP, optimizer=SGD, schedule=EVERY, **BATCH, clip_norm=1.0)
+call(
+    "CapturedStep",
+    after(lambda model, x, y, **options: npnet.CapturedStep(model, **options)(x, y)),
+    **STEP,
+    optimizer=SGD,
+    schedule=EVERY,
+    **BATCH,
+)
 call("train_step [float64 targets]", after(npnet.train_step), **STEP, optimizer=SGD, schedule=EVERY, x=X, y=Y64)
 call(
     "accumulated_step",
@@ -119,6 +127,7 @@ call(
     **FIT,
     optimizer=npnet.SGD(0.1),
     streaming=True,
+    capture=True,
     saver=None,
     transform=None,
     log=False,

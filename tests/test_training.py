@@ -1,6 +1,7 @@
 """The training loop: the same numbers under every schedule, and a history that survives whatever breaks it off."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,42 @@ def test_the_schedule_changes_no_weight_and_no_loss(name: str, optimizer: Callab
     assert same(other, plain)
     assert numbers(other_history) == numbers(plain_history)
     assert not any(map(np.array_equal, plain, weights(model())))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_capturing_changes_no_weight_and_no_loss(name: str) -> None:
+    options: dict[str, Any] = {"schedule": SCHEDULES[name], "test_data": problem(30, 1), "decay": True}
+    plain, plain_history = run(**options)
+    captured, history = run(**options, capture=True)
+    assert same(captured, plain)
+    assert numbers(history) == numbers(plain_history)
+
+
+def test_a_captured_run_goes_on_with_a_save_of_one_that_was_not(tmp_path: Path) -> None:
+    straight, _ = run(epochs=4)
+    for first, second in ((False, True), (True, False)):
+        path = tmp_path / f"{first}.npz"
+        run(epochs=2, capture=first, saver=npnet.Saver(path))
+        found, _ = run(model(5), epochs=4, capture=second, saver=npnet.Saver(path, resume=True))
+        assert same(found, straight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulation_steps": 2},
+        {"clip_norm": 1.0},
+        {"scaler": npnet.GradScaler()},
+        {"determinism_check": True},
+        {"streaming": False},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_is_not_captured_is_refused(options: dict[str, Any]) -> None:
+    trained = model()
+    with pytest.raises(ValueError, match="capture: a step is recorded without"):
+        run(trained, capture=True, **options)
+    assert same(weights(trained), weights(model()))
 
 
 def test_it_learns() -> None:

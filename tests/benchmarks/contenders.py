@@ -108,6 +108,17 @@ class NpnetStep:
         return [layer.weight.value for layer in self.model.layers]
 
 
+class CapturedNpnet(NpnetStep):
+    """The same step as a recorded list of NumPy calls."""
+
+    def __init__(self, problem: Problem, schedule: str = "none") -> None:
+        super().__init__(problem, schedule)
+        self.step = npnet.CapturedStep(self.model, self.loss, self.optimizer, schedule)
+
+    def __call__(self, x: np.ndarray, y: np.ndarray) -> None:
+        self.step(x, y)
+
+
 class ClassicStep:
     def __init__(self, problem: Problem, every: int = 0) -> None:
         code = load_classic()
@@ -238,6 +249,8 @@ class JaxStep:
 MAKERS: dict[str, Callable[[Problem], Any]] = {
     "npnet": NpnetStep,
     "npnet sqrt": lambda problem: NpnetStep(problem, "sqrt"),
+    "npnet captured": CapturedNpnet,
+    "npnet captured sqrt": lambda problem: CapturedNpnet(problem, "sqrt"),
     "floor": Floor,
     "classic": ClassicStep,
     "classic sqrt": lambda problem: ClassicStep(problem, problem.segment),

@@ -1,0 +1,184 @@
+"""A training step as a flat list of NumPy calls: recorded once, done again for every batch.
+
+On thin layers a step's time is not that of its products but of what surrounds them: looking up attributes, asking for
+memory, deciding. `CapturedStep` takes that away. It runs `backpropagate` once on stand-ins for arrays, under the
+schedule, with the loss and the optimizer, and keeps the calls that this makes (see `npnet.tracing`). Nothing is
+written a second time: the layers, the schedule and the formulas are those of every other step, and so are the numbers,
+bit for bit. What the schedule drops is dead in the recording, too: the arena is the schedule's peak.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from npnet.backend import Array, array_module
+from npnet.checkpoint import backpropagate, clear_gradients
+from npnet.checks import check_kind
+from npnet.failures import explained
+from npnet.layer import Layer, Parameter, needs_saved
+from npnet.losses import Loss, check_finite
+from npnet.optimizers import Optimizer
+from npnet.random import next_step, one_step, set_next_step
+from npnet.replay import Program, new_arena
+from npnet.schedules import ScheduleLike, as_schedule
+from npnet.step import as_chain
+from npnet.tracing import CannotCapture, Factor, Recording
+
+
+class CapturedStep:
+    """The step that `npnet.train_step` takes, recorded at the first batch of each shape.
+
+    What a layer decides by its attributes is recorded as it was decided: make a new captured step after changing
+    anything but parameters, `train` and `eval`, and the learning rate.
+
+    Args:
+        model, loss, optimizer: as for `npnet.train_step`.
+        schedule: what to keep and what to recompute; see `npnet.schedules.as_schedule`.
+
+    >>> from npnet import SGD, Quadratic, mlp
+    >>> step = CapturedStep(mlp([2, 3, 1], rng=0), Quadratic(), SGD(0.1))
+    >>> x, y = np.ones((5, 2), np.float32), np.zeros((5, 1), np.float32)
+    >>> step(x, y) > step(x, y)
+    True
+    """
+
+    def __init__(self, model: Layer, loss: Loss, optimizer: Optimizer, schedule: ScheduleLike = "none") -> None:
+        self.network = as_chain(model)
+        self.loss = check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()")
+        self.optimizer = check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
+        self.schedule = as_schedule(schedule, len(self.network.layers), needs_saved(self.network.layers))
+        self._forget()
+
+    def _forget(self) -> None:
+        self._programs: dict[Any, Program] = {}  # by the kind of batch
+        self._arena = new_arena(0)
+        self._bound: list[tuple[Parameter, Array, dict[str, Any] | None]] = []  # what programs overwrite
+        self._factors: list[tuple[dict[str, Any], tuple[Factor, ...]]] = []  # by the number of updates there were
+        self._value = 0.0
+
+    @property
+    def arena_bytes(self) -> int:
+        """What a step takes besides the batch, the parameters and what the optimizer keeps; held from step to step."""
+        return len(self._arena)
+
+    @property
+    def calls(self) -> int:
+        """How many NumPy calls a step makes: the longest of those recorded."""
+        return max(map(len, self._programs.values()), default=0)
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """One step on a batch.
+
+        Args:
+            x: (batch, features).
+            y: (batch, outputs).
+
+        Returns:
+            The loss before the update.
+
+        Raises:
+            CannotCapture: the step does something that cannot be recorded.
+            TrainingDiverged: the loss is not finite.
+            OutOfMemory: memory ran out, which it can at the first batch of a shape alone.
+            TypeError, ValueError: the batch does not fit.
+
+        Whatever is raised, nothing was updated.
+        """
+        with explained(self.network, self.schedule, x, loss=self.loss, optimizer=self.optimizer):
+            program = self._program(x, y)
+            for state, factors in self._factors:
+                for factor, value in zip(factors, self.optimizer._factors(state["steps"] + 1), strict=True):
+                    factor.set(value)
+            with one_step(), np.errstate(over="ignore", invalid="ignore"):  # as in backpropagate
+                program(x, y)
+        for _, _, remembered in self._bound:
+            if remembered is not None:
+                remembered["steps"] += 1
+        return self._value
+
+    def _program(self, x: Array, y: Array) -> Program:
+        """That for a batch like this one."""
+        if array_module(x) is not np or array_module(y) is not np:
+            raise CannotCapture("steps are captured on NumPy's arrays alone")
+        states = self.optimizer._state
+        for parameter, value, state in self._bound:
+            if parameter.value is not value or parameter.lent or states.get(parameter) is not state:
+                self._forget()  # somebody has put other arrays in their places
+                break
+        kind = x.shape, x.dtype, y.shape, y.dtype, self.network.training
+        program = self._programs.get(kind)
+        if program is None:
+            program = Program(self._recorded(x, y))
+            if program.bytes > len(self._arena):
+                self._arena = new_arena(program.bytes)
+                for other in self._programs.values():
+                    other.bind(self._arena)
+            program.bind(self._arena)
+            self._programs[kind] = program
+        return program
+
+    def _recorded(self, x: Array, y: Array) -> Recording:
+        """What a step on such a batch does."""
+        if type(self.optimizer)._factors is Optimizer._factors:
+            kind = type(self.optimizer).__name__
+            raise CannotCapture(f"{kind} has no method _factors, which says what changes from step to step")
+        recording, parameters, number = Recording(), self.network.parameters(), next_step()
+        clear_gradients(self.network.layers)
+        for parameter in parameters:
+            self.optimizer._allocate(parameter)
+        remembered = self.optimizer._state
+        inputs: Any = recording.input(x)
+        targets: Any = recording.input(y)
+
+        def output_gradient(output: Array) -> Array:
+            value, gradient = self.loss.value_and_gradient(output, targets)
+            recording.call(self._look, value)
+            return gradient
+
+        def update(layer: Layer) -> None:
+            for parameter in self.optimizer.prepare(layer.parameters()):
+                factors = self._factors_of(remembered.get(parameter, {"steps": 0}))
+                self.optimizer._update(parameter, parameter.take_gradient(), *factors)
+
+        try:
+            with self._stand_ins(recording, parameters), one_step(-1):
+                backpropagate(self.network.layers, self.schedule, inputs, output_gradient, after_backward=update)
+        finally:
+            set_next_step(number)  # recording counts as no step
+        self._bound = [(parameter, parameter.value, remembered.get(parameter)) for parameter in parameters]
+        return recording
+
+    def _look(self, value: Array) -> None:
+        """At the loss, between the forward and the backward pass: before anything is updated."""
+        self._value = check_finite(value)
+
+    def _factors_of(self, state: dict[str, Any]) -> tuple[Factor, ...]:
+        """Those of all parameters that were updated as often."""
+        for other, factors in self._factors:
+            if other["steps"] == state["steps"]:
+                return factors
+        factors = tuple(Factor() for _ in self.optimizer._factors(1))
+        self._factors.append((state, factors))
+        return factors
+
+    @contextmanager
+    def _stand_ins(self, recording: Recording, parameters: list[Parameter]) -> Iterator[None]:
+        """While it lasts, the parameters and what the optimizer remembers are stand-ins."""
+        values, states = [parameter.value for parameter in parameters], self.optimizer._state
+        self.optimizer._state = {
+            parameter: {name: value if name == "steps" else recording.constant(value) for name, value in state.items()}
+            for parameter, state in states.items()
+        }
+        constants: list[Any] = [recording.constant(value) for value in values]
+        try:
+            for parameter, constant in zip(parameters, constants, strict=True):
+                parameter.value = constant
+            yield
+            if any(parameter.value is not constant for parameter, constant in zip(parameters, constants, strict=True)):
+                raise CannotCapture("a layer or the optimizer replaces a parameter's array instead of overwriting it")
+        finally:
+            self.optimizer._state = states
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.value = value
