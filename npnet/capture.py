@@ -21,7 +21,7 @@ from npnet.layer import Layer, Parameter, needs_saved
 from npnet.losses import Loss, check_finite
 from npnet.optimizers import Optimizer
 from npnet.random import next_step, one_step, set_next_step
-from npnet.replay import Program, new_arena
+from npnet.replay import Program, listing
 from npnet.schedules import ScheduleLike, as_schedule
 from npnet.step import as_chain
 from npnet.tracing import CannotCapture, Factor, Recording
@@ -53,7 +53,7 @@ class CapturedStep:
 
     def _forget(self) -> None:
         self._programs: dict[Any, Program] = {}  # by the kind of batch
-        self._arena = new_arena(0)
+        self._arena: Array | None = None  # where they all run
         self._bound: list[tuple[Parameter, Array, dict[str, Any] | None]] = []  # what programs overwrite
         self._factors: list[tuple[dict[str, Any], tuple[Factor, ...]]] = []  # by the number of updates there were
         self._value = 0.0
@@ -61,7 +61,7 @@ class CapturedStep:
     @property
     def arena_bytes(self) -> int:
         """What a step takes besides the batch, the parameters and what the optimizer keeps; held from step to step."""
-        return len(self._arena)
+        return 0 if self._arena is None else len(self._arena)
 
     @property
     def calls(self) -> int:
@@ -98,6 +98,10 @@ class CapturedStep:
                 remembered["steps"] += 1
         return self._value
 
+    def listing(self, x: Array, y: Array) -> str:
+        """The calls of a step on such a batch, for reading: see `npnet.replay.listing`."""
+        return listing(self._recorded(x, y))
+
     def _program(self, x: Array, y: Array) -> Program:
         """That for a batch like this one."""
         if array_module(x) is not np or array_module(y) is not np:
@@ -110,12 +114,11 @@ class CapturedStep:
         kind = x.shape, x.dtype, y.shape, y.dtype, self.network.training
         program = self._programs.get(kind)
         if program is None:
-            program = Program(self._recorded(x, y))
-            if program.bytes > len(self._arena):
-                self._arena = new_arena(program.bytes)
-                for other in self._programs.values():
-                    other.bind(self._arena)
-            program.bind(self._arena)
+            recording = self._recorded(x, y)
+            program = Program(recording, self._arena)
+            recording.calls.clear()  # stand-ins know the recording that knows them: such cycles are freed late
+            if program.arena is not self._arena:  # this batch is larger than all before: the others are recorded again
+                self._programs, self._arena = {}, program.arena
             self._programs[kind] = program
         return program
 
@@ -124,13 +127,13 @@ class CapturedStep:
         if type(self.optimizer)._factors is Optimizer._factors:
             kind = type(self.optimizer).__name__
             raise CannotCapture(f"{kind} has no method _factors, which says what changes from step to step")
-        recording, parameters, number = Recording(), self.network.parameters(), next_step()
+        recording, parameters, number = Recording(), self.network.named_parameters(), next_step()
         clear_gradients(self.network.layers)
-        for parameter in parameters:
+        for parameter in parameters.values():
             self.optimizer._allocate(parameter)
         remembered = self.optimizer._state
-        inputs: Any = recording.input(x)
-        targets: Any = recording.input(y)
+        inputs: Any = recording.input(x, "x")
+        targets: Any = recording.input(y, "y")
 
         def output_gradient(output: Array) -> Array:
             value, gradient = self.loss.value_and_gradient(output, targets)
@@ -147,7 +150,7 @@ class CapturedStep:
                 backpropagate(self.network.layers, self.schedule, inputs, output_gradient, after_backward=update)
         finally:
             set_next_step(number)  # recording counts as no step
-        self._bound = [(parameter, parameter.value, remembered.get(parameter)) for parameter in parameters]
+        self._bound = [(each, each.value, remembered.get(each)) for each in parameters.values()]
         return recording
 
     def _look(self, value: Array) -> None:
@@ -164,21 +167,26 @@ class CapturedStep:
         return factors
 
     @contextmanager
-    def _stand_ins(self, recording: Recording, parameters: list[Parameter]) -> Iterator[None]:
+    def _stand_ins(self, recording: Recording, parameters: dict[str, Parameter]) -> Iterator[None]:
         """While it lasts, the parameters and what the optimizer remembers are stand-ins."""
-        values, states = [parameter.value for parameter in parameters], self.optimizer._state
+        values, states = [each.value for each in parameters.values()], self.optimizer._state
+        stand_ins: list[Any] = [recording.constant(each.value, name) for name, each in parameters.items()]
+        names = {each: name for name, each in parameters.items()}
         self.optimizer._state = {
-            parameter: {name: value if name == "steps" else recording.constant(value) for name, value in state.items()}
-            for parameter, state in states.items()
+            each: {
+                kind: value if kind == "steps" else recording.constant(value, f"{kind}/{names[each]}")
+                for kind, value in state.items()
+            }
+            for each, state in states.items()
+            if each in names
         }
-        constants: list[Any] = [recording.constant(value) for value in values]
         try:
-            for parameter, constant in zip(parameters, constants, strict=True):
-                parameter.value = constant
+            for each, stand_in in zip(parameters.values(), stand_ins, strict=True):
+                each.value = stand_in
             yield
-            if any(parameter.value is not constant for parameter, constant in zip(parameters, constants, strict=True)):
+            if any(each.value is not stand_in for each, stand_in in zip(parameters.values(), stand_ins, strict=True)):
                 raise CannotCapture("a layer or the optimizer replaces a parameter's array instead of overwriting it")
         finally:
             self.optimizer._state = states
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.value = value
+            for each, value in zip(parameters.values(), values, strict=True):
+                each.value = value

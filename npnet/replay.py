@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from npnet.backend import Array
-from npnet.tracing import Buffer, Recording, Traced
+from npnet.tracing import Buffer, Path, Recording, Traced, view
 
 ALIGNMENT = 64  # bytes: a cache line
 
@@ -65,60 +65,88 @@ def _freed(holes: list[tuple[int, int]], begin: int, end: int) -> list[tuple[int
     return apart
 
 
+def places(recording: Recording) -> tuple[dict[Buffer, int], int]:
+    """Where in the arena each buffer is, and how large it must be: bytes."""
+    lives: dict[Buffer, tuple[int, int]] = {}
+    for number, (_, arguments) in enumerate(recording.calls):
+        for argument in arguments:
+            if isinstance(argument, Traced) and argument.buffer.in_arena:
+                first, _ = lives.get(argument.buffer, (number, number))
+                lives[argument.buffer] = first, number
+    sizes = [-(-buffer.nbytes // ALIGNMENT) * ALIGNMENT for buffer in lives]
+    offsets, total = pack(sizes, list(lives.values()))
+    return dict(zip(lives, offsets, strict=True)), total
+
+
 class Program:
-    """A recording, ready to run.
+    """A recording, bound to arrays: ready to run. It keeps nothing of the recording but the calls.
+
+    Args:
+        arena: from `new_arena`; if it is too small, a new one is taken.
 
     Attributes:
-        bytes: of the arena that it needs.
+        arena: that it runs in.
+        bytes: what it needs of it.
     """
 
-    def __init__(self, recording: Recording) -> None:
-        self._recording = recording
-        lives: dict[Buffer, tuple[int, int]] = {}
-        for number, (_, arguments) in enumerate(recording.calls):
-            for argument in arguments:
-                if isinstance(argument, Traced):
-                    first, _ = lives.get(argument.buffer, (number, number))
-                    lives[argument.buffer] = first, number
-        sizes = [-(-buffer.nbytes // ALIGNMENT) * ALIGNMENT for buffer in lives]
-        offsets, self.bytes = pack(sizes, list(lives.values()))
-        self._offsets = dict(zip(lives, offsets, strict=True))
+    def __init__(self, recording: Recording, arena: Array | None = None) -> None:
+        offsets, self.bytes = places(recording)
+        self.arena = new_arena(self.bytes) if arena is None or len(arena) < self.bytes else arena
+        self._calls: list[tuple[Callable[..., Any], list[Any]]] = []
+        self._late: list[tuple[list[Any], int, int, Path]] = []  # arguments that are views of an input
+        arrays: dict[Traced, Array] = {}
+        for function, arguments in recording.calls:
+            bound = list(arguments)
+            for place, argument in enumerate(arguments):
+                if not isinstance(argument, Traced):
+                    continue
+                if argument.buffer.source is not None:
+                    self._late.append((bound, place, argument.buffer.source, argument.path))
+                    bound[place] = None
+                    continue
+                if argument not in arrays:
+                    arrays[argument] = view(self._array(argument.buffer, offsets), argument.path)
+                bound[place] = arrays[argument]
+            self._calls.append((function, bound))
+
+    def _array(self, buffer: Buffer, offsets: dict[Buffer, int]) -> Array:
+        if buffer.array is not None:
+            return buffer.array
+        block = self.arena[offsets[buffer] : offsets[buffer] + buffer.nbytes]
+        array: Array = block.view(buffer.dtype).reshape(buffer.shape, order=buffer.order)
+        return array
 
     def __len__(self) -> int:
         """How many calls it makes."""
-        return len(self._recording.calls)
-
-    def bind(self, arena: Array) -> None:
-        """Let it run in ``arena``: `bytes` bytes or more, uint8, that begin at a multiple of `ALIGNMENT`."""
-        self._calls: list[tuple[Callable[..., Any], list[Any]]] = []
-        self._late: list[tuple[list[Any], int, Traced]] = []  # arguments that are of an input
-        for function, arguments in self._recording.calls:
-            bound = [self._bound(argument, arena) for argument in arguments]
-            for place, argument in enumerate(arguments):
-                if isinstance(argument, Traced) and argument.buffer.source is not None:
-                    self._late.append((bound, place, argument))
-            self._calls.append((function, bound))
-
-    def _bound(self, argument: Any, arena: Array) -> Any:
-        if not isinstance(argument, Traced):
-            return argument
-        buffer = argument.buffer
-        if buffer.array is not None:
-            return argument.resolve(buffer.array)
-        if buffer.source is not None:
-            return None
-        begin = self._offsets[buffer]
-        array = arena[begin : begin + buffer.nbytes].view(buffer.dtype).reshape(buffer.shape, order=buffer.order)
-        return argument.resolve(array)
+        return len(self._calls)
 
     def __call__(self, *inputs: Array) -> None:
         """Do what was recorded, on these inputs."""
-        for bound, place, argument in self._late:
-            bound[place] = argument.resolve(inputs[argument.buffer.source])  # type: ignore[index]
+        for bound, place, source, path in self._late:
+            bound[place] = view(inputs[source], path)
         for function, arguments in self._calls:
             function(*arguments)
-        for bound, place, _ in self._late:  # the inputs are the caller's
+        for bound, place, *_ in self._late:  # the inputs are the caller's
             bound[place] = None
+
+
+def listing(recording: Recording) -> str:
+    """The calls, a line each: function, arguments, and last what it writes to; ``@128`` is at byte 128 of the arena."""
+    offsets, total = places(recording)
+
+    def text(argument: Any) -> str:
+        if not isinstance(argument, Traced):
+            if isinstance(argument, np.ndarray):
+                return "ones" if argument.ndim else "factor" if argument.flags.writeable else str(argument)
+            return str(argument)
+        buffer = argument.buffer
+        return f"{buffer.name or '@' + str(offsets[buffer])}[{', '.join(map(str, argument.shape))}]"
+
+    lines = [f"{len(recording.calls)} calls in {total} bytes"]
+    for function, arguments in recording.calls:
+        name = getattr(function, "__qualname__", function.__name__).split(".")[-1].strip("_")
+        lines.append(f"{name:12} {'  '.join(map(text, arguments))}")
+    return "\n".join(lines)
 
 
 def new_arena(size: int) -> Array:

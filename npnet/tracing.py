@@ -15,12 +15,12 @@ stand-ins refuse to be looked at; what it decides by shapes and attributes is de
 import math
 from collections.abc import Callable, Iterable
 from functools import partial, reduce
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from npnet.backend import Array, Backend, ones, register_array_type
+from npnet.backend import Array, Backend, ones, register_array_type, scalar
 from npnet.blocks import erf, keep_mask
 from npnet.dual import Ones
 from npnet.random import current_step
@@ -34,18 +34,31 @@ class CannotCapture(NotImplementedError, AttributeError):
 class Buffer:
     """A place for numbers: in the arena, somebody else's ``array``, or input number ``source``."""
 
-    __slots__ = ("array", "dtype", "order", "shape", "source")
+    __slots__ = ("array", "dtype", "name", "order", "shape", "source")
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: Any, order: str, array: Array | None = None, source: int | None = None
-    ) -> None:
-        self.shape, self.dtype, self.order, self.array, self.source = shape, np.dtype(dtype), order, array, source
+    def __init__(self, shape: tuple[int, ...], dtype: Any, order: str, name: str = "") -> None:
+        self.shape, self.dtype, self.order, self.name = shape, np.dtype(dtype), order, name
+        self.array: Array | None = None
+        self.source: int | None = None
+
+    @property
+    def in_arena(self) -> bool:
+        """It lives as long as calls mention it."""
+        return self.array is None and self.source is None
 
     @property
     def nbytes(self) -> int:
-        """What it takes of the arena, in bytes."""
-        own = self.array is None and self.source is None
-        return math.prod(self.shape) * self.dtype.itemsize if own else 0
+        """Its size."""
+        return int(math.prod(self.shape) * self.dtype.itemsize)
+
+
+Path: TypeAlias = tuple[Callable[[Array], Array], ...]
+"""From a buffer's array to a view of it."""
+
+
+def view(array: Array, path: Path) -> Array:
+    """The view."""
+    return reduce(lambda a, step: step(a), path, array)
 
 
 class Factor:
@@ -72,19 +85,13 @@ class Traced(StandIn):
 
     __slots__ = ("buffer", "path", "recording")
 
-    def __init__(
-        self, recording: "Recording", buffer: Buffer, phantom: Array, path: tuple[Callable[[Array], Array], ...] = ()
-    ) -> None:
+    def __init__(self, recording: "Recording", buffer: Buffer, phantom: Array, path: Path = ()) -> None:
         super().__init__(phantom)
         self.recording, self.buffer = recording, buffer
-        self.path = path  # from the buffer's array to this view of it
+        self.path = path
 
-    def resolve(self, array: Array) -> Array:
-        """The view of the buffer's array that this stands for."""
-        return reduce(lambda a, view: view(a), self.path, array)
-
-    def _view(self, view: Callable[[Array], Array]) -> "Traced":
-        return Traced(self.recording, self.buffer, view(self.value), (*self.path, view))
+    def _view(self, step: Callable[[Array], Array]) -> "Traced":
+        return Traced(self.recording, self.buffer, step(self.value), (*self.path, step))
 
     @property
     def nbytes(self) -> int:
@@ -176,14 +183,17 @@ class Recording:
         """A new buffer of the arena."""
         return self._stand_in(Buffer(shape, dtype, order))
 
-    def constant(self, array: Array) -> Traced:
+    def constant(self, array: Array, name: str = "constant") -> Traced:
         """An array that stays where it is, and may be overwritten: a parameter, say."""
-        return Traced(self, Buffer(array.shape, array.dtype, "C", array), array)
+        buffer = Buffer(array.shape, array.dtype, "C", name)
+        buffer.array = array
+        return Traced(self, buffer, array)
 
-    def input(self, array: Array) -> Traced:
+    def input(self, array: Array, name: str = "input") -> Traced:
         """The next input: for each replay another array of the same shape and dtype."""
+        buffer = Buffer(array.shape, array.dtype, _layout([array]), name)
+        buffer.source = self.inputs
         self.inputs += 1
-        buffer = Buffer(array.shape, array.dtype, _layout([array]), source=self.inputs - 1)
         return self._stand_in(buffer)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -239,7 +249,7 @@ def _operand(x: Any, dtype: np.dtype[Any]) -> Any:
     if isinstance(x, Ones):
         return ones(np, *x)
     if isinstance(x, (int, float, np.generic)):
-        return np.asarray(x, dtype)
+        return scalar(np, float(x), dtype)
     raise CannotCapture(
         f"a function that makes an array of its own ({type(x).__name__}) cannot be recorded: it may be another one the "
         "next time (random numbers?)"
@@ -285,7 +295,7 @@ class TracingModule:
     def zeros_like(self, x: Traced) -> Traced:
         """A new buffer, of zeros at every replay."""
         result = self.empty_like(x)
-        x.recording.call(_copy, np.zeros((), x.dtype), result)
+        x.recording.call(_copy, scalar(np, 0.0, x.dtype), result)
         return result
 
     def dot(self, x: Any, y: Any) -> Traced:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import npnet
 from npnet.backend import array_module
-from npnet.replay import ALIGNMENT, Program, new_arena, pack
+from npnet.replay import ALIGNMENT, Program, pack
 from npnet.tracing import CannotCapture, Factor, Recording
 
 LIVES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10), st.integers(1, 9)), min_size=1, max_size=30).map(
@@ -53,7 +53,6 @@ def recorded(function, *arrays):
     out = np.zeros(result.shape, result.dtype)
     recording.call(np.copyto, recording.constant(out), result)
     program = Program(recording)
-    program.bind(new_arena(program.bytes))
 
     def run(*given):
         out.fill(0)
@@ -129,7 +128,6 @@ def test_a_factor_is_another_number_at_each_replay():
     traced = recording.constant(x)
     array_module(traced).multiply(traced, factor, out=traced)
     program = Program(recording)
-    program.bind(new_arena(program.bytes))
     for value in (2.0, 0.1):
         factor.set(value)
         program()
