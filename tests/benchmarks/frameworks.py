@@ -1,22 +1,24 @@
 """npnet beside the floor, the classic exercise's code, PyTorch and JAX: time and memory of one training step.
 
-    python -m tests.benchmarks.frameworks [--threads 1] [--networks A,C] [--dtypes float32] [--kinds lab]
+    python -m tests.benchmarks.frameworks [--threads 1,2] [--networks A,C] [--dtypes float32] [--kinds lab]
                                           [--contenders npnet,jax] [--memory] [--json FILE] [--plot FILE]
 
 The same mathematics in all, which is checked first: after three steps all have the same weights, but for rounding. In
 each round every contender takes a step (or several short ones) on the same batch, in changing order; a ratio is the
-median over rounds of npnet's time by the other's within the round, with its quartiles. Contenders whose packages are
+median over rounds of npnet's time by the other's within the round. Contenders whose packages are
 missing are left out (pip install 'npnet[bench]', torch, jax). --memory measures the resident memory of each in a
 process of its own.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,16 +38,9 @@ NETWORKS = {
 
 def compare(problem: Any, names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
     """A row per contender."""
-    from tests.benchmarks.contenders import MAKERS
-
-    contenders = {name: MAKERS[name](problem) for name in names}
     with np.errstate(all="ignore"):
-        for _ in range(3):
-            for contender in contenders.values():
-                contender(*problem.batches[0])
-        reference = contenders["npnet"].weights()
-        for name, contender in contenders.items():
-            check_equal(name, reference, contender.weights(), problem.dtype)
+        verify(dataclasses.replace(problem, dtype="float64"), names)
+        contenders = verify(problem, names)
         repeats = {name: repeats_of(contender, problem) for name, contender in contenders.items()}
         times: dict[str, list[float]] = {name: [] for name in contenders}
         order, end = list(contenders), time.perf_counter() + seconds
@@ -62,38 +57,35 @@ def compare(problem: Any, names: Sequence[str], seconds: float) -> list[dict[str
                 times[name].append((time.perf_counter() - start) / repeats[name])
     rows = []
     for name, own in times.items():
-        ratios = [mine / theirs for mine, theirs in zip(times["npnet"], own, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        rows.append(
-            {
-                "network": problem.name,
-                "kind": problem.kind,
-                "dtype": problem.dtype,
-                "contender": name,
-                "us": round(statistics.median(own) * 1e6, 1),
-                "npnet / it": round(middle, 3),
-                "quartiles": [round(low, 3), round(high, 3)],
-                "rounds": len(own),
-            }
-        )
-    sqrt = next((times[name] for name in times if name == "npnet sqrt"), None)
-    if sqrt is not None:
-        for row in rows:
-            ratios = [mine / theirs for mine, theirs in zip(sqrt, times[row["contender"]], strict=True)]
-            row["npnet sqrt / it"] = round(statistics.median(ratios), 3)
+        low, middle, high = (time * 1e6 for time in statistics.quantiles(own, n=4))
+        row = {"network": problem.name, "kind": problem.kind, "dtype": problem.dtype, "contender": name}
+        row |= {"us": round(middle, 1), "quartiles": [round(low, 1), round(high, 1)], "rounds": len(own)}
+        for variant in (name for name in times if name.startswith("npnet")):
+            ratios = [mine / theirs for mine, theirs in zip(times[variant], own, strict=True)]
+            row[f"{variant} / it"] = round(statistics.median(ratios), 3)
+        rows.append(row)
     return rows
 
 
-def check_equal(name: str, reference: Sequence[np.ndarray], found: Sequence[np.ndarray], dtype: str) -> None:
-    """Refuse to time another mathematics.
+def verify(problem: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The contenders, which have the same weights after three steps: refuse to time another mathematics.
 
-    Root mean squares are compared: where a gradient is rounding alone, Adam takes a whole step up here and down there.
+    Root mean squares are compared. In float32 loosely, and the same contenders in float64 strictly: where a gradient is
+    rounding alone, Adam takes a whole step up here and down there.
     """
-    tolerance = 1e-9 if dtype == "float64" else 1e-3
-    for number, (a, b) in enumerate(zip(reference, found, strict=False)):
-        apart = np.linalg.norm(a - b) / np.linalg.norm(a)
-        if not apart < tolerance:
-            sys.exit(f"{name} computes something else: weights of layer {number} differ by {apart:.1e}")
+    from tests.benchmarks.contenders import MAKERS
+
+    contenders = {name: MAKERS[name](problem) for name in names}
+    for contender in contenders.values():
+        for _ in range(3):
+            contender(*problem.batches[0])
+    reference, tolerance = contenders["npnet"].weights(), 1e-9 if problem.dtype == "float64" else 1e-2
+    for name, contender in contenders.items():
+        for number, (a, b) in enumerate(zip(reference, contender.weights(), strict=False)):
+            apart = np.linalg.norm(a - b) / np.linalg.norm(a)
+            if not apart < tolerance:
+                sys.exit(f"{name} computes something else: weights of layer {number} differ by {apart:.1e}")
+    return contenders
 
 
 def repeats_of(contender: Any, problem: Any) -> int:
@@ -137,7 +129,7 @@ def environment(threads: int) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", default="2", help="numbers of threads: 1,2 for both")
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--dtypes", default="float32,float64")
     parser.add_argument("--kinds", default="lab,modern")
@@ -147,25 +139,38 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    if os.environ.get("NPNET_BENCH_CHILD") != "1":  # libraries read their number of threads when they are loaded
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-        sys.exit(
-            subprocess.run(
-                [sys.executable, "-m", __spec__.name, *sys.argv[1:]], env=environment(options.threads)
-            ).returncode
-        )
+    if os.environ.get("NPNET_BENCH_CHILD") == "1":
+        child(options)
+        return
+    found: dict[str, Any] = {"rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for threads in map(int, options.threads.split(",")):  # libraries read their number when they are loaded
+            file = Path(folder) / "rows.json"
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(os.getppid()))[:threads])
+            own = [*sys.argv[1:], "--threads", str(threads), "--json", str(file)]
+            subprocess.run([sys.executable, "-m", __spec__.name, *own], env=environment(threads), check=True)
+            part = json.loads(file.read_text())
+            found = {"machine": part["machine"], "rows": [*found["rows"], *part["rows"]]}
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+    if options.plot:
+        draw(found["rows"], options.plot)
 
+
+def child(options: argparse.Namespace) -> None:
+    """All tables at one number of threads."""
     from tests.benchmarks.classic import machine
     from tests.benchmarks.contenders import Problem, available
 
+    threads = int(options.threads)
     if "torch" in str(options.contenders or "torch"):
         try:
             import torch
 
-            torch.set_num_threads(options.threads)
+            torch.set_num_threads(threads)
         except ImportError:
             pass
-    print(f"{machine()}; {options.threads} threads\n", flush=True)
+    print(f"{machine()}; {threads} threads\n", flush=True)
     rows: list[dict[str, Any]] = []
     for network in options.networks.split(","):
         for kind in options.kinds.split(","):
@@ -176,32 +181,37 @@ def main() -> None:
                     names = [name for name in names if name == "npnet" or name in options.contenders.split(",")]
                 found = compare(problem, names, options.seconds)
                 for row in found:
+                    row["threads"] = threads
                     if options.memory and row["contender"] != "floor":
-                        row["resident bytes"] = resident(problem, row["contender"], options.threads)
+                        row["resident bytes"] = resident(problem, row["contender"], threads)
                     print("  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
                 print(flush=True)
                 rows += found
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "threads": options.threads, "rows": rows}, indent=1))
-    if options.plot:
-        draw(rows, options.plot)
+                options.json.write_text(json.dumps({"machine": machine(), "rows": rows}))
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """npnet's time by each contender's: a group of bars for each problem."""
+    """npnet's time by each contender's, plain steps, eager and captured: a group of bars for each problem."""
     from matplotlib.figure import Figure
 
-    problems = list(dict.fromkeys((row["network"], row["kind"], row["dtype"]) for row in rows))
+    problems = list(dict.fromkeys((row["network"], row["kind"], row["dtype"], row["threads"]) for row in rows))
     columns = min(4, len(problems))
     figure = Figure(figsize=(4.5 * columns, 3 * -(-len(problems) // columns)), layout="constrained")
     for number, problem in enumerate(problems, 1):
         axes = figure.add_subplot(-(-len(problems) // columns), columns, number)
-        own = [row for row in rows if (row["network"], row["kind"], row["dtype"]) == problem]
-        axes.barh([row["contender"] for row in own], [row["npnet / it"] for row in own], color="#3b6ea5")
+        own = [row for row in rows if (row["network"], row["kind"], row["dtype"], row["threads"]) == problem]
+        own = [row for row in own if not row["contender"].startswith("npnet")]
+        for offset, variant, color in ((-0.2, "npnet", "#9db8d2"), (0.2, "npnet captured", "#3b6ea5")):
+            if f"{variant} / it" in own[0]:
+                places = [place + offset for place in range(len(own))]
+                axes.barh(places, [row[f"{variant} / it"] for row in own], 0.38, color=color, label=variant)
+        axes.set_yticks(range(len(own)), [row["contender"] for row in own])
         axes.axvline(1, color="#8c8c8c", lw=1)
-        axes.set_title(", ".join(problem), fontsize=9)
+        axes.set_title(f"{', '.join(map(str, problem))} thread{'s' * (problem[3] > 1)}", fontsize=9)
         axes.set_xlabel("npnet's time / its time")
         axes.invert_yaxis()
+        if number == 1:
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
