@@ -80,7 +80,9 @@ def execute(notebook: Any, folder: Path) -> list[float]:
     """
     import nbclient
 
-    client = nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": folder}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=120, coalesce_streams=True, resources={"metadata": {"path": folder}}
+    )
     client.execute(env=os.environ | OFFLINE)
     seconds = []
     for cell in notebook.cells:

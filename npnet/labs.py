@@ -72,12 +72,16 @@ def check_arrays(
     if not isinstance(got, (list, tuple)):
         _fail_if(f"expected a list of {len(right)} arrays, got {kind_of(got)}", every)
     if len(got) != len(right):
-        count, most = len(got), f"expected {len(right)} arrays, got {len(got)}"
-        if count == len(right) - 1 and count and same_all(got, right[1:]):
-            most += f": that of {name.format(first)} is missing"
-        elif count == len(right) - 1 and count and same_all(got, right[:-1]):
-            most += f": that of {name.format(first + count)} is missing"
-        _fail_if(most, every)
+        reason = f"expected {len(right)} arrays, got {len(got)}"
+        if got and same_all(got, right[1:]):
+            reason += ": the first is missing"
+        elif got and same_all(got, right[:-1]):
+            reason += ": the last is missing"
+        elif right and same_all(got[1:], right):
+            reason += ": there is one too many at the beginning"
+        elif right and same_all(got[:-1], right):
+            reason += ": there is one too many at the end"
+        _fail_if(reason, every)
     if not same_all(got, right) and len(right) > 1:
         for i, array in enumerate(got):
             for j in range(i):
@@ -223,6 +227,11 @@ def told(name: str) -> Iterator[None]:
         raise AssertionError(reason) from error
 
 
+def grading() -> bool:
+    """Whether nbgrader is grading: measurements, which nobody looks at then, may be shorter."""
+    return os.environ.get("NBGRADER_EXECUTION") == "autograde"
+
+
 def slider(draw: Callable[[Any], Any], values: Sequence[Any], name: str, value: Any = None) -> None:
     """Show ``draw(value)``, a matplotlib Axes or Figure, with a slider to choose the value.
 
@@ -238,7 +247,7 @@ def slider(draw: Callable[[Any], Any], values: Sequence[Any], name: str, value: 
         display.display(display.Image(_png(draw(chosen))))
 
     widgets = None
-    if not os.environ.keys() & {"NPNET_STATIC", "NBGRADER_EXECUTION"}:
+    if not (grading() or os.environ.get("NPNET_STATIC")):
         with suppress(ImportError):
             widgets = importlib.import_module("ipywidgets")
     if widgets is None:
