@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from notebooks.build import LABS, make_course, nbgrader, source_of
+from notebooks.build import LABS, differences, make_course, nbgrader, source_of
 from notebooks.mistake import Mistake
 
 RIGHT, BLANK = "right", "blank"
@@ -114,15 +114,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lab", help="its name, or how it begins")
     parser.add_argument("--alone", action="store_true", help="a student for each mistake")
-    parser.add_argument("--json", action="store_true", help="print all results, for programs")
+    parser.add_argument(
+        "--json", action="store_true", help="print all results, and what build --check says, for programs"
+    )
     arguments = parser.parse_args()
     lab = next((lab for lab in LABS if lab.startswith(arguments.lab)), None)
     if lab is None:
         parser.error(f"no such lab; there are {', '.join(LABS)}")
     with tempfile.TemporaryDirectory() as folder:
         results = grade(lab, Path(folder), arguments.alone)
+        wrong = differences(lab, Path(folder) / "release" / lab / f"{lab}.ipynb")
     if arguments.json:
-        json.dump(results, sys.stdout)
+        json.dump({"students": results, "differences": wrong}, sys.stdout)
         return
     students = enumerate(students_of(lab, arguments.alone))
     names = {f"student{i}": ", ".join(each.name for each in mistakes) for i, mistakes in students}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -38,37 +38,44 @@ every_mistake = pytest.mark.parametrize(
 )
 
 
-def run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Python in a process of its own, without a network."""
-    folder.mkdir(exist_ok=True)
+def run(folder: Path, *arguments: str) -> str:
+    """What Python prints, in a process of its own, without a network."""
     (folder / "sitecustomize.py").write_text(LOCAL, encoding="utf-8")
     path = os.pathsep.join([str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | OFFLINE | {"PYTHONPATH": path, "IPYTHONDIR": str(folder / "ipython")}
-    return subprocess.run(
+    process = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-
-
-def run_module(folder: Path, *arguments: str) -> str:
-    process = run(folder, "-m", *arguments)
-    assert process.returncode == 0, process.stdout + process.stderr
+    if process.returncode:
+        raise RuntimeError(process.stdout + process.stderr)
     return process.stdout
 
 
+class Work(NamedTuple):
+    """What is worked out for a lab, once."""
+
+    graded: "Future[str]"
+    """What `notebooks.grade --json` printed."""
+    executed: "Future[str]"
+    """The seconds of each cell, as a whole, measurements and all."""
+
+    @property
+    def students(self) -> dict[str, Any]:
+        return json.loads(self.graded.result())["students"]
+
+
 @pytest.fixture(scope="session")
-def work(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, "Future[Any]"]]:
-    """For each lab of the tests chosen: what nbgrader gives to whom, worked out two labs at a time."""
+def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Work]]:
+    """For each lab of the tests chosen; two processes at a time."""
     chosen = {item.callspec.params.get("lab") for item in request.session.items if hasattr(item, "callspec")}
     with ThreadPoolExecutor(2) as pool:
-        yield {
-            lab: pool.submit(
-                lambda lab: json.loads(run_module(tmp_path_factory.mktemp(lab), "notebooks.grade", lab, "--json")), lab
-            )
-            for lab in LABS
-            if lab in chosen
-        }
+        works = {}
+        for lab in filter(chosen.__contains__, LABS):
+            folder = tmp_path_factory.mktemp(lab)
+            code = f"from notebooks.build import *\nprint(*execute(source_of({lab!r}), Path({str(folder)!r})))"
+            graded = pool.submit(run, folder, "-m", "notebooks.grade", lab, "--json")
+            works[lab] = Work(graded, pool.submit(run, folder, "-c", code))
+        yield works
 
 
 # They grade.
@@ -76,14 +83,14 @@ def work(
 
 @every_lab
 def test_the_right_solution_gets_full_points(work, lab):
-    results = work[lab].result()[RIGHT]
+    results = work[lab].students[RIGHT]
     assert all(each["score"] in (each["most"], None) for each in results.values()), results
     assert sum(each["score"] or 0 for each in results.values()) >= 10
 
 
 @every_lab
 def test_the_blank_gets_nothing(work, lab):
-    results = work[lab].result()[BLANK]
+    results = work[lab].students[BLANK]
     assert results
     assert all(each["score"] == 0 for each in results.values()), results
 
@@ -91,7 +98,7 @@ def test_the_blank_gets_nothing(work, lab):
 @every_mistake
 def test_a_mistake_costs_its_points_and_is_named(work, lab, mistake):
     number, made = next((i, made) for i, made in enumerate(students_of(lab)) if mistake in made)
-    results = work[lab].result()[f"student{number}"]
+    results = work[lab].students[f"student{number}"]
     lost = {name for name, each in results.items() if each["score"] == 0}
     assert lost == {each.loses for each in made}, results
     assert all(each["score"] in (each["most"], None) for name, each in results.items() if name not in lost)
@@ -107,44 +114,33 @@ def test_there_are_four_mistakes_at_least(lab):
 
 
 @every_lab
-def test_it_runs_from_top_to_bottom(tmp_path, lab):
-    """As a whole, measurements and all; the seconds of each cell."""
-    code = f"from notebooks.build import *\nprint(*execute(source_of({lab!r}), Path({str(tmp_path)!r})))"
-    process = run(tmp_path, "-c", code)
-    assert process.returncode == 0, process.stderr
-    assert max(map(float, process.stdout.split())) < SLOWEST
+def test_it_runs_from_top_to_bottom(work, lab):
+    assert max(map(float, work[lab].executed.result().split())) < SLOWEST
 
 
 def test_without_a_network_others_cannot_be_reached(tmp_path):
-    process = run(tmp_path, "-c", "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)")
-    assert "the labs need no network" in process.stderr
+    with pytest.raises(RuntimeError, match="the labs need no network"):
+        run(tmp_path, "-c", "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)")
 
 
 # What is committed.
 
 
 @every_lab
-def test_what_is_committed_is_what_is_generated(tmp_path, lab):
-    run_module(tmp_path, "notebooks.build", lab, "--check")
+def test_what_is_committed_is_what_is_generated(work, lab):
+    assert not json.loads(work[lab].graded.result())["differences"]
 
 
-@pytest.mark.parametrize("version", ["source", "release"])
-def test_a_notebook_that_was_changed_by_hand_is_noticed(tmp_path, version):
+def test_notebooks_that_were_changed_by_hand_are_noticed(tmp_path):
     shutil.copytree(FOLDER, tmp_path / "notebooks")
-    path = tmp_path / "notebooks" / version / LABS[0] / f"{LABS[0]}.ipynb"
-    path.write_text(path.read_text(encoding="utf-8").replace("backprop", "backdrop", 1), encoding="utf-8")
-    code = "import sys; sys.path.insert(0, '.'); import notebooks.build as build; build.main()"
-    environment = os.environ | OFFLINE | {"PYTHONPATH": str(tmp_path)}
-    process = subprocess.run(
-        [sys.executable, "-c", code, LABS[0], "--check"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode
-    assert f"{version}/{LABS[0]}" in process.stderr
+    for version in ("source", "release"):
+        path = tmp_path / "notebooks" / version / LABS[0] / f"{LABS[0]}.ipynb"
+        path.write_text(path.read_text(encoding="utf-8").replace("backprop", "backdrop", 1), encoding="utf-8")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import notebooks.build as build; build.main()"
+    with pytest.raises(RuntimeError) as caught:
+        run(tmp_path, "-c", code, LABS[0], "--check")
+    assert f"source/{LABS[0]}/{LABS[0]}.ipynb: is not what labs/" in str(caught.value)
+    assert f"release/{LABS[0]}/{LABS[0]}.ipynb: is not what nbgrader makes" in str(caught.value)
 
 
 def regions(source: str) -> list[str]:

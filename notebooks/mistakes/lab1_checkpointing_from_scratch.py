@@ -79,14 +79,6 @@ MISTAKES = [
         "is the segment restored from the checkpoint",
     ),
     Mistake(
-        "last segment from the wrong checkpoint",
-        BACKPROP,
-        "test_gradients",
-        "checkpoints[i + 1] = a",
-        "checkpoints[i + 1] = layer_forward(weights[i], biases[i], a) if weights[i].shape == (5, 5) else a",
-        "The output of weights[i] is a_{i+1}",
-    ),
-    Mistake(
         "gradients in reverse order",
         BACKPROP,
         "test_gradients",
@@ -111,14 +103,6 @@ MISTAKES = [
         "        segment = self.forward_between_checkpoints(checkpoints[last], last, depth)\n"
         "        segment = self.forward_between_checkpoints(checkpoints.pop(last), last, depth)\n",
         "you recompute the last segment, which can be kept from the forward pass: 44 recomputed forwards",
-    ),
-    Mistake(
-        "every activation kept",
-        BACKPROP,
-        "test_peak",
-        "if (i + 1) % n == 0:\n                checkpoints[i + 1] = a",
-        "checkpoints[i + 1] = a",
-        "nearly every activation is alive at once",
     ),
     Mistake(
         "restored segments not freed",
