@@ -71,7 +71,7 @@ ORDER = [
         "animation",
         "plots",
     ),
-    *("compare", "mnist", "plan_report", "arguments", "cli"),
+    *("compare", "mnist", "plan_report", "arguments", "cli", "diagnosis", "labs"),
 ]
 """A file imports only from files before it in this list."""
 
