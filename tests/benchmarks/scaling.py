@@ -23,7 +23,7 @@ import numpy as np
 DEPTHS = (10, 30, 100, 300, 1000, 3000, 10000)
 WIDTHS = (16, 64, 256, 1024, 4096)
 BATCHES = (1, 16, 256, 4096, 65536)
-CONTENDERS = ("npnet", "npnet sqrt", "torch", "jax")
+CONTENDERS = ("npnet", "npnet captured", "npnet sqrt", "torch", "jax")
 
 
 def points(quick: bool) -> list[tuple[str, int, tuple[int, ...], int]]:
