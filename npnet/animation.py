@@ -13,7 +13,7 @@ from npnet.files import write_text
 from npnet.memory import format_bytes
 from npnet.plans import Plan
 from npnet.plot_checks import check_type
-from npnet.schedule import BACKWARD, DROP, FORWARD, Action, Schedule
+from npnet.schedule import BACKWARD, DROP, DURING, FETCH, FORWARD, HOLDING, OFFLOAD, Action, Schedule
 
 if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation
@@ -26,11 +26,12 @@ STATES = {
     "used, then freed": "#5a1e4a",
     "held": "#93c8f2",
     "held as checkpoint": BLUE,
+    "out of memory, offloaded": "#d9c27a",
     "not in memory": "#ffffff",
 }
 """What an activation is during an action, and its colour; told apart with every kind of colour blindness."""
 
-COMPUTED, RECOMPUTED, USED, HELD, CHECKPOINT, GONE = range(6)
+COMPUTED, RECOMPUTED, USED, HELD, CHECKPOINT, OUT, GONE = range(7)
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -54,10 +55,12 @@ def states(schedule: Schedule, checkpoints: Collection[int] = ()) -> npt.NDArray
     table = np.empty((len(schedule), schedule.depth + 1), dtype=np.uint8)
     seen: set[int] = set()
     for i, (kind, layer) in enumerate(schedule):
-        row[layer] = {FORWARD: RECOMPUTED if layer in seen else COMPUTED, DROP: GONE, BACKWARD: USED}[kind]
+        now = {DROP: GONE, BACKWARD: USED, OFFLOAD: OUT, FETCH: HELD}
+        row[layer] = now[kind] if kind is not FORWARD else RECOMPUTED if layer in seen else COMPUTED
         seen.add(layer)
         table[i] = row
-        row[layer] = GONE if kind is not FORWARD else CHECKPOINT if i in checkpoints else HELD
+        holds = CHECKPOINT if i in checkpoints else HELD
+        row[layer] = holds if kind in HOLDING else OUT if kind is OFFLOAD else GONE
     return table
 
 
@@ -111,8 +114,8 @@ def plot_schedule(schedule: Schedule, ax: "Axes | None" = None) -> "Axes":
     """What is in memory, as a picture: a row for each action, from the top, a column for each activation.
 
     It shows what `Schedule.diagram` prints, and where there is room its letters: F for an activation that is computed,
-    R for recomputed, B for used by the backward pass and freed. Of cells finer than pixels, the busiest state is shown.
-    The legend stands to the right of ``ax``.
+    R for recomputed, B for used by the backward pass and freed, > and < for out of memory and back. Of cells finer than
+    pixels, the busiest state is shown. The legend stands to the right of ``ax``.
 
     Raises:
         TypeError: not a schedule.
@@ -122,12 +125,14 @@ def plot_schedule(schedule: Schedule, ax: "Axes | None" = None) -> "Axes":
     table = states(schedule)
     actions, columns = table.shape
     ax = axes_or_new(ax, (7.5, min(max(3.0, 0.22 * actions + 1), 7.5)))
-    which = {COMPUTED, RECOMPUTED, HELD, USED, GONE}
+    which = {COMPUTED, RECOMPUTED, HELD, USED, GONE, *([OUT] if schedule.offloads else [])}
     _draw_states(ax, table, which, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     if actions <= FEW and columns <= FEW:
         style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "fontweight": "bold", "color": "white"}
-        for row, column in np.argwhere((table != HELD) & (table != GONE)):
-            ax.text(column, row + 1, {COMPUTED: "F", RECOMPUTED: "R", USED: "B"}[table[row, column]], **style)
+        for row, (kind, layer) in enumerate(schedule):
+            if kind is not DROP:
+                letter = "FR"[table[row, layer]] if kind is FORWARD else DURING[kind]  # states 0 and 1
+                ax.text(layer, row + 1, letter, **style)
     if actions <= FEW:
         ax.set_yticks(range(1, actions + 1), list(map(str, schedule)), fontsize=8)
     ax.xaxis.tick_top()
@@ -138,13 +143,16 @@ def plot_schedule(schedule: Schedule, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
+OTHERS = {DROP: "forget", OFFLOAD: "move out of memory", FETCH: "bring back"}
+
+
 def caption(action: Action, again: bool) -> str:
     """An action in words; ``again`` says that the layer has run before."""
     layer, a = action.layer, name(action.layer)
     if action.kind is FORWARD:
         return f"{action}: compute {a}{' again' * again} from {name(layer - 1)}"
-    if action.kind is DROP:
-        return f"{action}: forget {a}"
+    if action.kind in OTHERS:
+        return f"{action}: {OTHERS[action.kind]} {a}"
     below = f" and at {name(layer - 1)}" if layer > 1 else ""
     return f"{action}: from the gradient at {a} those of layer {layer}{below}; free {a}"
 
@@ -181,7 +189,7 @@ class _Stage:
     def __init__(self, plan: Plan, ax: "Axes") -> None:
         self.schedule = plan.schedule
         held = [0, *(moment.checkpoints for moment in plan.timeline)]
-        made = {i for i, action in enumerate(plan.schedule) if action.kind is FORWARD and held[i + 1] > held[i]}
+        made = {i for i, action in enumerate(plan.schedule) if action.kind in HOLDING and held[i + 1] > held[i]}
         self.table = states(plan.schedule, made)
         self.peaks = np.array([moment.peak_bytes for moment in plan.timeline])
         self.edges = np.arange(len(self.schedule) + 1) + 0.5
@@ -192,7 +200,8 @@ class _Stage:
 
     def _draw_row(self, ax: "Axes") -> None:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.5), "ncols": 6, "fontsize": 8}
-        self.row = _draw_states(ax, self.table[:1], range(6), handlelength=1.2, columnspacing=1.5, **place)
+        which = [state for state in range(len(STATES)) if state != OUT or self.schedule.offloads]
+        self.row = _draw_states(ax, self.table[:1], which, handlelength=1.2, columnspacing=1.5, **place)
         ax.set_yticks([])
         (self.pointer,) = ax.plot([0], [0.3], ">", color="black", markersize=7, clip_on=False)
         self.caption = ax.set_title("", fontsize=10, loc="left", pad=16)
@@ -213,7 +222,7 @@ class _Stage:
         again = bool(self.table[i, action.layer] == RECOMPUTED)
         self.row.set_data(_picture(self.table[i : i + 1]))
         self.pointer.set_xdata([action.layer])
-        self.pointer.set_marker({FORWARD: ">", DROP: "x", BACKWARD: "<"}[action.kind])
+        self.pointer.set_marker({FORWARD: ">", DROP: "x", BACKWARD: "<", OFFLOAD: "v", FETCH: "^"}[action.kind])
         self.caption.set_text(f"action {i + 1} of {len(self.schedule)}, {caption(action, again)}")
         for steps in (self.area, self.line):
             steps.set_data(self.peaks[: i + 1], self.edges[: i + 2])

@@ -29,7 +29,7 @@ def parse_arch(text: str) -> tuple[int, ...]:
 
 
 def parse_checkpoints(text: str) -> ScheduleLike:
-    """What --checkpoint-every takes: a number of layers, "sqrt" or "revolve"."""
+    """What --checkpoint-every takes: a number of layers, or the name of a schedule."""
     if text in schedules.MAKERS:
         return text
     try:

@@ -100,12 +100,12 @@ class CapturedStep:
 
     def listing(self, x: Array, y: Array) -> str:
         """The calls of a step on such a batch, for reading: see `npnet.replay.listing`."""
+        _check(x, y)
         return listing(self._recorded(x, y))
 
     def _program(self, x: Array, y: Array) -> Program:
         """That for a batch like this one."""
-        if array_module(x) is not np or array_module(y) is not np:
-            raise CannotCapture("steps are captured on NumPy's arrays alone")
+        _check(x, y)
         states = self.optimizer._state
         for parameter, value, state in self._bound:
             if parameter.value is not value or parameter.lent or states.get(parameter) is not state:
@@ -124,6 +124,8 @@ class CapturedStep:
 
     def _recorded(self, x: Array, y: Array) -> Recording:
         """What a step on such a batch does."""
+        if self.schedule.offloads:
+            raise CannotCapture("a step that moves activations out of memory cannot be recorded")
         if type(self.optimizer)._factors is Optimizer._factors:
             kind = type(self.optimizer).__name__
             raise CannotCapture(f"{kind} has no method _factors, which says what changes from step to step")
@@ -190,3 +192,8 @@ class CapturedStep:
             self.optimizer._state = states
             for each, value in zip(parameters.values(), values, strict=True):
                 each.value = value
+
+
+def _check(x: Array, y: Array) -> None:
+    if array_module(x) is not np or array_module(y) is not np:  # which refuses what is no array
+        raise CannotCapture("steps are captured on NumPy's arrays alone")

@@ -9,6 +9,7 @@ depend on the schedule. (That is a promise of the layers: see `Layer.forward`.)
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +18,10 @@ from npnet.backend import Array, to_host
 from npnet.checks import check_callable, check_flag, check_kind, check_whole, shown
 from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Saved, ShapeError
 from npnet.layers import Sequential
+from npnet.offload import Store, borrowed_store
 from npnet.pricing import check_saves
 from npnet.random import new_step, one_step
-from npnet.schedule import DROP, FORWARD, Schedule
+from npnet.schedule import DROP, FETCH, FORWARD, OFFLOAD, Schedule
 
 Restore = Callable[[Array, int, int], Sequence[Array]]
 """restore(a, first, last): the outputs of layers first, ..., last, recomputed from the input ``a`` of the first."""
@@ -56,6 +58,7 @@ def backpropagate(
 
     Raises:
         NondeterministicLayer: with the check, a layer gave other numbers the second time.
+        OffloadError: an activation cannot be moved out of memory, or back (see `npnet.offload`).
         ValueError: the schedule is for a chain of another depth, or does not name the layers that need what they
             save (see `needs_saved`).
 
@@ -79,7 +82,8 @@ def backpropagate(
         with one_step():  # whatever is run again in it draws the same random numbers again
             check = _DeterminismCheck(layers) if determinism_check else None
             _checking.always = determinism_check or before  # of the parts inside, too
-            return _run(layers, schedule, x, output_gradient, after_backward, restore, needs_dx, check)
+            with borrowed_store() if schedule.offloads else nullcontext() as store:
+                return _run(layers, schedule, x, output_gradient, after_backward, restore, needs_dx, check, store)
     except BaseException:  # Ctrl-C, too: the next pass must not add to the half of this one
         clear_gradients(layers)
         raise
@@ -103,6 +107,7 @@ def _run(
     restore: Restore | None,
     needs_dx: bool,
     check: "_DeterminismCheck | None",
+    store: Store | None,
 ) -> Array | None:
     """Do what the schedule says, action by action."""
     held: dict[int, Array] = {0: x}  # l -> a_l
@@ -125,6 +130,10 @@ def _run(
                 del kept  # a name would hold the activations beyond their time
         elif kind is DROP:
             del held[first]
+        elif kind is OFFLOAD and store is not None:
+            store.put(first, held.pop(first))
+        elif kind is FETCH and store is not None:
+            held[first] = store.get(first)
         else:
             layer, output = layers[first - 1], held.pop(first)
             if gradient is None:

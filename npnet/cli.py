@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         strategy = sub.add_mutually_exclusive_group()
         strategy.add_argument(
             "--checkpoint-every", "--every", type=argument(parse_checkpoints), default="sqrt", metavar="N",
-            help="layers between checkpoints; 0: keep everything; sqrt (default): the depth's square root; revolve",
+            help="layers between checkpoints; 0: keep everything; sqrt (default): the depth's root; revolve; offload",
         )  # fmt: skip
         strategy.add_argument(
             "--memory-budget", type=argument(parse_bytes), metavar="SIZE",

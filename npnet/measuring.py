@@ -15,7 +15,7 @@ from npnet.layers import Sequential
 from npnet.losses import Loss
 from npnet.memory import measuring, peak_of, tracing
 from npnet.optimizers import Optimizer
-from npnet.schedule import DROP, Schedule
+from npnet.schedule import BACKWARD, FORWARD, Schedule
 from npnet.schedules import as_schedule
 from npnet.step import train_step
 
@@ -120,7 +120,7 @@ def measure_timeline(
     result: list[int] = []
     alive = 0
     for kind, _ in schedule:
-        if kind is DROP:
+        if kind not in (FORWARD, BACKWARD):
             result.append(alive)
         else:
             peak, alive = next(samples)

@@ -63,7 +63,8 @@ def plan(
             step: parameters, gradients, optimizer state, activations and workspace, but not the caller's data.
         every_nth: a checkpoint every so many layers.
         strategy: "optimal" (the default, with a budget), "none" (without one), "sqrt", "every_nth" or "revolve" (with a
-            budget the cheapest of their kind that fits), or any schedule, such as `npnet.schedules.selective`.
+            budget the cheapest of their kind that fits), "offload" (nothing is run again, and as little as the budget
+            allows leaves memory), or any schedule, such as `npnet.schedules.selective`.
         loss: its workspace counts; by default that of the quadratic cost.
         optimizer: its state counts; by default none, as for plain SGD.
         streaming: layers are updated during the backward pass, as `npnet.fit` and `Network.update_mini_batch` do; else
@@ -103,6 +104,9 @@ def plan(
         candidates = list(_every_nth(chain))
     elif kind == "revolve" and budget is not None:
         candidates = list(_revolves(chain))
+    elif kind == "offload" and budget is not None:
+        most = _spread(0, max(depth - 2, 0))
+        candidates = [schedules.offloaded(depth, 1, count, chain.needs_saved) for count in most]
     else:
         candidates = [schedules.as_schedule("none" if strategy is None else strategy, depth, chain.needs_saved)]
         check_saves(network.layers, candidates[0])
@@ -116,7 +120,7 @@ def plan(
         if not restricted and depth > MOST_LAYERS:
             name = f"that was found ({smallest.schedule.name}; {depth} layers are too many to search all schedules)"
         raise _infeasible(smallest, budget, name, restricted)
-    return min(fitting, key=lambda each: (each.recompute_flops, each.peak_bytes))
+    return min(fitting, key=lambda each: (each.recompute_flops, chain.moved_bytes(each.schedule), each.peak_bytes))
 
 
 class Tradeoff(NamedTuple):

@@ -10,7 +10,7 @@ from npnet import schedules
 from npnet.memory import format_bytes
 from npnet.optimal import smallest_budget
 from npnet.pricing import Chain, Moment, timeline
-from npnet.schedule import BACKWARD, DROP, FORWARD, Schedule
+from npnet.schedule import BACKWARD, HOLDING, OFFLOAD, Schedule
 
 MOST_LAYERS = 400
 """Deeper chains are not planned exactly: the cheapest of `every_nth` and `revolve` that fits is taken."""
@@ -123,16 +123,19 @@ def _summary(plan: Plan) -> Iterator[str]:
 def _kept(plan: Plan) -> Iterator[str]:
     """Which activations the first way up leaves, and why."""
     held: set[int] = set()
+    out: set[int] = set()
     for kind, layer in plan.schedule:
-        if kind is FORWARD:
-            held.add(layer)
-        elif kind is DROP:
-            held.remove(layer)
-        else:
+        if kind is BACKWARD:
             break
-    dropped = set(range(1, plan.chain.depth + 1)) - held
+        (held.add if kind in HOLDING else held.remove)(layer)
+        (out.add if kind is OFFLOAD else out.discard)(layer)
+    dropped = set(range(1, plan.chain.depth + 1)) - held - out
+    if out:
+        moved = format_bytes(plan.chain.moved_bytes(plan.schedule))
+        yield f"moved out of memory on the way up, and back when needed: the outputs of {_layers(out)}, {moved}"
+        held |= out
     if not dropped:
-        yield "kept: every activation, until its backward pass"
+        yield "nothing is run again" if out else "kept: every activation, until its backward pass"
         return
     yield f"kept on the way up: the outputs of {_layers(held)}"
     for layer in sorted(held):

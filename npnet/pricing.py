@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npnet.layer import Layer, LayerCost, ShapeError, needs_saved
-from npnet.schedule import BACKWARD, FORWARD, Action, Schedule
+from npnet.schedule import BACKWARD, FETCH, FORWARD, OFFLOAD, Action, Schedule
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Chain:
     def recompute_flops(self, schedule: Schedule) -> int:
         """Flops of all forwards of ``schedule`` but the first of each layer."""
         return sum((count - 1) * self.forward_flops[layer] for layer, count in schedule.forwards.items())
+
+    def moved_bytes(self, schedule: Schedule) -> int:
+        """What ``schedule`` moves out of memory; as much comes back."""
+        return sum(self.activation[action.layer] for action in schedule if action.kind is OFFLOAD)
 
     def peak_bytes(self, schedule: Schedule) -> int:
         """The most bytes alive at once under ``schedule``."""
@@ -160,9 +164,12 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
             held[layer], made[layer] = chain.activation[layer] + saved, i
             peak = before + chain.activation[layer] + max(saved, chain.forward_bytes[layer])
             change = held[layer]
+        elif kind is FETCH:
+            change = held[layer] = chain.activation[layer]
+            peak = before + change
         else:
             change = -held.pop(layer)
-            peak = 0  # a drop takes nothing; backward: below
+            peak = 0  # to drop or to offload takes nothing; backward: below
         if made[layer] in restarted:
             checkpoints += change
         else:

@@ -1,10 +1,12 @@
 """A schedule: what is computed, recomputed and forgotten in one training step, and when.
 
-A chain of L layers computes a_l = f_l(a_{l-1}); a_0 is the input. A schedule is a list of three kinds of action:
+A chain of L layers computes a_l = f_l(a_{l-1}); a_0 is the input. A schedule is a list of these kinds of action:
 
 * ``forward l``   compute a_l from a_{l-1} and hold it;
 * ``drop l``      forget a_l;
-* ``backward l``  turn the gradient at a_l into the gradient at a_{l-1}, and forget a_l and its gradient.
+* ``backward l``  turn the gradient at a_l into the gradient at a_{l-1}, and forget a_l and its gradient;
+* ``offload l``   move a_l out of memory, to where there is more room (see `npnet.offload`);
+* ``fetch l``     move it back.
 
 That one list is executed (`npnet.checkpoint`), checked (here), and printed. Plain backpropagation is the list
 with no drop: everything is held. Dropping an activation before its backward pass means to compute it again;
@@ -28,12 +30,21 @@ class Kind(Enum):
     FORWARD = "forward"
     DROP = "drop"
     BACKWARD = "backward"
+    OFFLOAD = "offload"
+    FETCH = "fetch"
 
     def __repr__(self) -> str:
         return self.name
 
 
 FORWARD, DROP, BACKWARD = Kind.FORWARD, Kind.DROP, Kind.BACKWARD
+OFFLOAD, FETCH = Kind.OFFLOAD, Kind.FETCH
+
+
+HOLDING = (FORWARD, FETCH)
+"""Actions after which the activation is in memory; after the others it is not."""
+
+DURING = {DROP: ".", BACKWARD: "B", OFFLOAD: ">", FETCH: "<"}
 
 
 class Action(NamedTuple):
@@ -131,7 +142,8 @@ class Schedule(tuple[Action, ...]):
     def diagram(self) -> str:
         """The schedule as a picture: a line per action, a column per activation.
 
-        ``F`` is computed, ``R`` computed again, ``o`` held, and ``B`` used and freed by a backward action.
+        ``F`` is computed, ``R`` computed again, ``o`` held, ``B`` used and freed by a backward action; ``>`` goes out
+        of memory, ``-`` is out there, and ``<`` comes back.
 
         >>> from npnet.schedules import every_nth
         >>> print(every_nth(3, 2).diagram())
@@ -151,16 +163,21 @@ class Schedule(tuple[Action, ...]):
         seen: set[int] = set()
         for action in self:
             kind, layer = action
-            marks[layer] = {FORWARD: "R" if layer in seen else "F", DROP: ".", BACKWARD: "B"}[kind]
+            marks[layer] = ("R" if layer in seen else "F") if kind is FORWARD else DURING[kind]
             seen.add(layer)
             lines.append(str(action).ljust(indent) + " ".join(mark.rjust(width) for mark in marks).rstrip())
-            marks[layer] = "o" if kind is FORWARD else "."
+            marks[layer] = "o" if kind in HOLDING else "-" if kind is OFFLOAD else "."
         return "\n".join(lines)
 
     @property
     def forwards(self) -> Counter[int]:
         """How often each layer runs forward."""
         return Counter(action.layer for action in self if action.kind is FORWARD)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether activations leave memory and come back."""
+        return any(action.kind is OFFLOAD for action in self)
 
     @property
     def extra_forwards(self) -> int:
@@ -180,27 +197,34 @@ class Schedule(tuple[Action, ...]):
         last_forward = {
             each.layer: i for i, each in enumerate(self) if each.kind is FORWARD and type(each.layer) is int
         }
-        held, seen, steps = {0}, set[int](), list[Run]()
+        held, out, seen, steps = {0}, set[int](), set[int](), list[Run]()
         next_backward = self.depth  # the layer at whose output the gradient is known
         for i, (kind, layer) in enumerate(self):
-            problem = self._problem(kind, layer, held, next_backward)
+            problem = self._problem(kind, layer, held, out, next_backward)
+            if not problem and kind is OFFLOAD and layer in needs_saved and last_forward[layer] < i:
+                problem = f"layer {layer} needs what it saved, too: drop a_{layer}, and run it again"
             if problem:
                 what = kind.value if isinstance(kind, Kind) else kind if isinstance(kind, str) else shown(kind)
                 raise InvalidSchedule(f"action {i} of {len(self)}, {what} {shown(layer)}: {problem}")
-            if kind is FORWARD:
-                held.add(layer)
-            else:
-                held.remove(layer)
-            if kind is BACKWARD:
+            (held.add if kind in HOLDING else held.remove)(layer)
+            if kind is OFFLOAD:
+                out.add(layer)
+            elif kind is FETCH:
+                out.remove(layer)
+            elif kind is BACKWARD:
                 next_backward -= 1
             saves = kind is FORWARD and layer in needs_saved and last_forward[layer] == i
             steps.append(Run(kind, layer, layer, layer in seen, saves))
             seen.add(layer)
         if next_backward:
             raise InvalidSchedule(f"after the last of {len(self)} actions: layer {next_backward} has no backward pass")
+        if out:
+            raise InvalidSchedule(
+                f"after the last of {len(self)} actions: a_{min(out)} was offloaded and never fetched"
+            )
         return tuple(_join(steps))
 
-    def _problem(self, kind: Kind, layer: int, held: set[int], next_backward: int) -> str:
+    def _problem(self, kind: Kind, layer: int, held: set[int], out: set[int], next_backward: int) -> str:
         """Why this action cannot come now, or nothing."""
         if not (isinstance(kind, Kind) and type(layer) is int and 1 <= layer <= self.depth):
             return f"expected a Kind and a layer from 1 to {self.depth}"
@@ -208,9 +232,13 @@ class Schedule(tuple[Action, ...]):
             return f"layer {layer} already had its backward pass"
         if kind is FORWARD and layer in held:
             return f"a_{layer} is held already"
+        if kind is FORWARD and layer in out:
+            return f"a_{layer} is offloaded: fetch it"
+        if kind is FETCH and layer not in out:
+            return f"a_{layer} is not offloaded"
         if kind is FORWARD and layer - 1 not in held:
             return f"its input a_{layer - 1} is not held"
-        if kind is DROP and layer not in held:
+        if kind in (DROP, OFFLOAD) and layer not in held:
             return f"a_{layer} is not held"
         if kind is BACKWARD and layer != next_backward:
             return f"the gradient is at a_{next_backward}, so layer {next_backward} is next"

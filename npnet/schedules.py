@@ -1,15 +1,15 @@
-"""Schedules to choose from: plain backpropagation, checkpoints every n layers, a given set of checkpoints, revolve.
+"""Schedules to choose from: plain backpropagation, checkpoints every n layers or where you like, revolve, offloading.
 
 Each function makes the action list (`npnet.schedule.Schedule`) for a chain of ``depth`` layers, from integers alone.
 The schedule that is cheapest for a budget in bytes needs to know what the layers cost: see `npnet.planner`.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeAlias
 
 from npnet.checks import check_whole, shown
-from npnet.schedule import BACKWARD, DROP, FORWARD, Kind, Schedule, check_layers
+from npnet.schedule import BACKWARD, DROP, FETCH, FORWARD, OFFLOAD, Kind, Schedule, check_layers
 
 ScheduleLike: TypeAlias = Schedule | str | Callable[[int], Schedule] | Iterable[tuple[Kind, int]]
 """What ``schedule=`` takes; see `as_schedule`."""
@@ -94,8 +94,48 @@ def selective(depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int]
     return _segments(depth, [layer for layer in chosen if layer < depth], needs_saved, name)
 
 
-def _segments(depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int], name: str) -> Schedule:
-    """One pass up, which drops what is not a checkpoint, then segment by segment down."""
+def offloaded(depth: int, n: int = 1, most: int | None = None, needs_saved: Iterable[int] = ()) -> Schedule:
+    """As `every_nth`, but the checkpoints leave memory once they have been used, and come back for their segments.
+
+    With n = 1 nothing is run again: every activation goes out, and comes back for its backward pass. The last
+    checkpoint stays, since its segment is the first to be needed.
+
+    Args:
+        depth: number of layers L.
+        n: distance between checkpoints.
+        most: only the first so many of them go out: those that wait longest. By default all.
+        needs_saved: as for `Schedule`. What these layers save cannot go out; they are run again.
+
+    Raises:
+        TypeError, ValueError: ``n`` is not a whole number from 1, or ``most`` not one from 0.
+
+    >>> print(offloaded(4, 2).diagram())
+                a0 a1 a2 a3 a4
+    forward 1    o  F
+    forward 2    o  o  F
+    drop 1       o  .  o
+    forward 3    o  .  o  F
+    forward 4    o  .  o  o  F
+    backward 4   o  .  o  o  B
+    backward 3   o  .  o  B  .
+    forward 1    o  R  o  .  .
+    backward 2   o  o  B  .  .
+    backward 1   o  B  .  .  .
+    >>> print(offloaded(3))
+    forward 1, forward 2, offload 1, forward 3, backward 3, fetch 1, backward 2, backward 1
+    """
+    depth, n = _check_depth(depth), check_whole(n, "n", least=1)
+    most = depth if most is None else check_whole(most, "most")
+    checkpoints = range(n, depth, n)
+    name = "offload" if n == 1 else f"offload every {n}"
+    name += f", the first {most}" if most < len(checkpoints) - 1 else ""
+    return _segments(depth, checkpoints, needs_saved, name, {*checkpoints[:-1][:most]})
+
+
+def _segments(
+    depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int], name: str, out: Collection[int] = ()
+) -> Schedule:
+    """One pass up, which drops what is not a checkpoint, then segment by segment down; checkpoints ``out`` go out."""
     depth, needs_saved = _check_depth(depth), check_layers(needs_saved, "needs_saved")
     starts = [0, *checkpoints]
     kept = {*starts, *range(starts[-1], depth + 1)}  # the last segment is kept from the pass up
@@ -104,7 +144,11 @@ def _segments(depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int]
         actions.append((FORWARD, layer))
         if layer - 1 not in kept:
             actions.append((DROP, layer - 1))
+        elif layer - 1 in out:
+            actions.append((OFFLOAD, layer - 1))
     for start, end in zip(reversed(starts), [depth, *reversed(starts[1:])], strict=True):
+        if start in out:
+            actions.append((FETCH, start))
         if end != depth and end in needs_saved:  # of what it saved, only its output is there
             actions.append((DROP, end))
             kept.remove(end)
@@ -167,7 +211,7 @@ def _binomial_split(length: int, slots: int) -> int:
     return max(below, length - above, 1)
 
 
-MAKERS: dict[str, Callable[..., Schedule]] = {"none": none, "sqrt": sqrt, "revolve": revolve}
+MAKERS: dict[str, Callable[..., Schedule]] = {"none": none, "sqrt": sqrt, "revolve": revolve, "offload": offloaded}
 """Schedules that need nothing but the depth, by name; each also takes ``needs_saved``."""
 
 

@@ -13,6 +13,7 @@ for name in ("none", "sqrt"):
     call(f"schedules.{name}", getattr(schedules, name), depth=5, needs_saved=[2])
 call("schedules.every_nth", schedules.every_nth, depth=5, n=2, needs_saved=[2])
 call("schedules.selective", schedules.selective, depth=5, checkpoints=[2, 4], needs_saved=[2])
+call("schedules.offloaded", schedules.offloaded, depth=5, n=2, most=1, needs_saved=[2])
 call("schedules.revolve", schedules.revolve, depth=5, slots=2, needs_saved=[2])
 call("schedules.as_schedule", schedules.as_schedule, schedule="sqrt", depth=5, needs_saved=[2])
 call("Schedule", npnet.Schedule, actions=list(schedules.sqrt(3)), depth=3, name="mine", needs_saved=[2])

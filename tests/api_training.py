@@ -65,6 +65,11 @@ call(
     schedule=EVERY,
     **BATCH,
 )
+call(
+    "CapturedStep.listing",
+    lambda x, y: npnet.CapturedStep(_copied(), LOSS, SGD, EVERY).listing(x, y).count("dot"),
+    **BATCH,
+)
 call("train_step [float64 targets]", after(npnet.train_step), **STEP, optimizer=SGD, schedule=EVERY, x=X, y=Y64)
 call(
     "accumulated_step",

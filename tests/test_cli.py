@@ -129,7 +129,7 @@ BAD: dict[str, tuple[str, str]] = {
     "negative interval": ("train --checkpoint-every -1", "the number of layers: expected a whole number, at least 0"),
     "interval in words": (
         "train --checkpoint-every two",
-        "expected a whole number of layers (0: off), or one of none, sqrt, revolve, got 'two'",
+        "expected a whole number of layers (0: off), or one of none, sqrt, revolve, offload, got 'two'",
     ),
     "negative seed": ("compare --seed -3", "--seed: seed: expected a whole number, at least 0, got -3"),
     "unknown backend": ("train --backend tpu", "unknown backend 'tpu'; choose one of 'numpy', 'cupy'"),

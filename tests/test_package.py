@@ -41,6 +41,7 @@ ORDER = [
         "memory",
         "plans",
         "planner",
+        "offload",
         "checkpoint",
         "failures",
         "precision",

@@ -7,26 +7,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npnet import schedules
-from npnet.schedule import BACKWARD, DROP, FORWARD, Action, InvalidSchedule, Kind, Schedule
+from npnet.schedule import BACKWARD, DROP, FETCH, FORWARD, OFFLOAD, Action, InvalidSchedule, Kind, Schedule
 from npnet.schedules import as_schedule, every_nth, none, sqrt
 
 PLAIN_2 = [(FORWARD, 1), (FORWARD, 2), (BACKWARD, 2), (BACKWARD, 1)]
 
 
-def legal_moves(held, at):
-    """What may come next when the activations ``held`` are there, and the gradient is at layer ``at``'s output."""
-    moves = [(FORWARD, layer) for layer in range(1, at + 1) if layer - 1 in held and layer not in held]
-    moves += [(DROP, layer) for layer in sorted(held - {0})]
+def legal_moves(held, out, at):
+    """What may come next: activations are ``held`` or ``out``, and the gradient is at layer ``at``'s output."""
+    moves = [(FORWARD, layer) for layer in range(1, at + 1) if layer - 1 in held and layer not in held | out]
+    moves += [(kind, layer) for layer in sorted(held - {0}) for kind in (DROP, OFFLOAD)]
+    moves += [(FETCH, layer) for layer in sorted(out)]
     return moves + ([(BACKWARD, at)] if at and {at - 1, at} <= held else [])
+
+
+def after(action, held, out):
+    """What is held and what is out then."""
+    kind, layer = action
+    held = held | {layer} if kind in (FORWARD, FETCH) else held - {layer}
+    return held, out | {layer} if kind is OFFLOAD else out - {layer}
 
 
 def first_problem(actions, depth):
     """How the complaint about the first action that cannot be executed, or about the end, begins; None without one."""
-    held, at = {0}, depth
+    held, out, at = {0}, set(), depth
     for i, (kind, layer) in enumerate(actions):
-        if (kind, layer) not in legal_moves(held, at):
+        if (kind, layer) not in legal_moves(held, out, at):
             return f"action {i} of {len(actions)}, {kind.value} {layer}: "
-        held = held | {layer} if kind is FORWARD else held - {layer}
+        held, out = after((kind, layer), held, out)
         at -= kind is BACKWARD
     return f"after the last of {len(actions)} actions: layer {at} has no backward pass" if at else None
 
@@ -35,19 +43,20 @@ def first_problem(actions, depth):
 def valid_actions(draw):
     """(actions, depth): random moves for a while, then whatever is needed to finish."""
     depth = draw(st.integers(1, 8))
-    held, at, actions = {0}, depth, []
+    held, out, at, actions = {0}, set(), depth, []
     choices = draw(st.lists(st.integers(0, 2**16), max_size=30))
     while at:
+        missing = {at - 1, at} - held
         if choices:
-            moves = legal_moves(held, at)
+            moves = legal_moves(held, out, at)
             kind, layer = moves[choices.pop() % len(moves)]
-        elif {at - 1, at} <= held:
+        elif not missing:
             kind, layer = BACKWARD, at
-        else:  # recompute upwards from the nearest activation below the gap
-            gap = at if at not in held else at - 1
-            kind, layer = FORWARD, max(a for a in held if a < gap) + 1
+        else:  # upwards from the nearest activation below the gap
+            layer = max(a for a in held if a < max(missing)) + 1
+            kind = FETCH if layer in out else FORWARD
         actions.append((kind, layer))
-        held = held | {layer} if kind is FORWARD else held - {layer}
+        held, out = after((kind, layer), held, out)
         at -= kind is BACKWARD
     return actions, depth
 
@@ -142,7 +151,7 @@ def test_what_a_layer_must_save_it_computes_right_before_its_segments_backward(d
 @settings(deadline=None, max_examples=200)
 def test_a_valid_list_is_accepted_and_compiled_into_the_same_actions(given_list, data):
     actions, depth = given_list
-    needs_saved = data.draw(st.sets(st.integers(1, depth)))
+    needs_saved = data.draw(st.sets(st.integers(1, depth))) - {layer for kind, layer in actions if kind is OFFLOAD}
     assert first_problem(actions, depth) is None
     schedule = Schedule(actions, depth, needs_saved=needs_saved)
     assert list(schedule) == actions

@@ -55,6 +55,11 @@ class Problem:
         ]
 
     @property
+    def rate(self) -> float:
+        """The learning rate; a tiny one where a thousand updates must not make ten thousand layers explode."""
+        return RATE[self.kind] * (1e-6 if self.near_identity else 1.0)
+
+    @property
     def segment(self) -> int:
         """Layers between checkpoints: the square root of the depth."""
         return round(math.sqrt(len(self.weights)))
@@ -98,7 +103,7 @@ class NpnetStep:
         for layer, weight in zip(self.model.layers, problem.weights, strict=True):
             layer.weight.value = np.asfortranarray(weight)
         self.loss: npnet.Loss = npnet.Quadratic() if lab else npnet.SoftmaxCrossEntropy()
-        self.optimizer: npnet.Optimizer = npnet.SGD(RATE["lab"]) if lab else npnet.Adam(RATE["modern"])
+        self.optimizer: npnet.Optimizer = npnet.SGD(problem.rate) if lab else npnet.Adam(problem.rate)
         self.schedule = npnet.schedules.as_schedule(schedule, len(self.model.layers))
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> None:
@@ -152,7 +157,7 @@ class TorchStep:
             rest = [torch.nn.Sigmoid()] if lab else [] if last else [torch.nn.ReLU()]
             layers.append(torch.nn.Sequential(linear, *rest))
         model = torch.nn.Sequential(*layers)
-        optimizer = (torch.optim.SGD if lab else torch.optim.Adam)(model.parameters(), RATE[problem.kind])
+        optimizer = (torch.optim.SGD if lab else torch.optim.Adam)(model.parameters(), problem.rate)
 
         def loss_of(output: Any, y: Any) -> Any:
             if lab:
@@ -193,7 +198,7 @@ class JaxStep:
         import jax.numpy as jnp
 
         jax.config.update("jax_enable_x64", True)
-        lab, rate, depth = problem.kind == "lab", RATE[problem.kind], len(problem.weights)
+        lab, rate, depth = problem.kind == "lab", problem.rate, len(problem.weights)
         self.jax = jax
         parameters = [(jnp.array(w), jnp.zeros(len(w), problem.dtype)) for w in problem.weights]
         zeros = jax.tree.map(jnp.zeros_like, parameters)

@@ -1,0 +1,152 @@
+"""Where activations go that a schedule sends out of memory: a file, or from a GPU the host.
+
+A checkpoint is written once and read once, in reverse order, long after: what disks are good at. On NumPy it goes into
+a temporary file without a name, which is gone with the process whatever becomes of it; the operating system writes
+behind, and reads ahead of need, since the store says what comes next. The file is in the folder that TMPDIR names:
+where that is a disk in memory, as ``/tmp`` may be, nothing is saved. From a GPU activations go to the host.
+
+Aupy, Herrmann, Hovland & Robert, "Optimal multistage algorithm for adjoint computation", 2016, is about schedules for
+two such levels of memory; `npnet.schedules.offloaded` makes the plain ones.
+"""
+
+import os
+import tempfile
+import threading
+from contextlib import suppress
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+
+from npnet.backend import Array, backend_of, get_backend, to_backend, to_host
+
+
+class OffloadError(OSError):
+    """An activation could not be moved out of memory, or back."""
+
+
+class _InFile(NamedTuple):
+    """An array in the file."""
+
+    begin: int  # bytes
+    size: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    order: Literal["C", "F"]
+
+
+class _OnHost(NamedTuple):
+    """An array of a device."""
+
+    array: Array
+    backend: str
+
+
+class Store:
+    """Activations out of memory, by the numbers of their layers."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._end = 0  # of what is in the file, in bytes
+        self._kept: dict[int, _InFile | _OnHost] = {}
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def put(self, number: int, array: Array) -> None:
+        """Take ``array``, and refer to its memory no longer.
+
+        Raises:
+            OffloadError: the file cannot be written.
+            TypeError: the array is not of NumPy, nor of a device.
+        """
+        if isinstance(array, np.ndarray):
+            self._kept[number] = self._write(array)
+            return
+        try:
+            backend = get_backend(backend_of(array).name)
+        except ValueError:
+            raise TypeError(f"a {type(array).__name__} cannot be offloaded: take a schedule that does not") from None
+        self._kept[number] = _OnHost(to_host(array), backend.name)
+
+    def get(self, number: int) -> Array:
+        """The array again, in the layout that it had; the store forgets it.
+
+        Raises:
+            OffloadError: the file cannot be read.
+        """
+        kept = self._kept.pop(number)
+        if isinstance(kept, _OnHost):
+            return to_backend(kept.array, kept.backend)
+        array: Any = np.empty(kept.shape, kept.dtype, order=kept.order)
+        self._read(kept, array.reshape(-1, order="A").view(np.uint8).data)
+        if self._kept:
+            self._advise(self._kept[next(reversed(self._kept))])
+        else:
+            self._end = 0
+        return array  # type: ignore[no-any-return]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept, self._end = {}, 0
+
+    def _write(self, array: Array) -> _InFile:
+        order: Literal["C", "F"] = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+        flat = np.ascontiguousarray(array.reshape(-1, order=order))  # a copy, if it is neither
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="npnet-", buffering=0)  # noqa: SIM115 - kept for all steps
+            self._file.seek(self._end)
+            rest = flat.view(np.uint8).data
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OffloadError(
+                error.errno,
+                f"an activation of {array.nbytes} bytes cannot be offloaded to {tempfile.gettempdir()} "
+                f"({error.strerror}); let TMPDIR name a folder with room",
+            ) from error
+        begin, self._end = self._end, self._end + array.nbytes
+        return _InFile(begin, array.nbytes, array.shape, array.dtype, order)
+
+    def _read(self, kept: _InFile, target: memoryview) -> None:
+        assert self._file is not None, "it was written"
+        try:
+            self._file.seek(kept.begin)
+            done = 0
+            while done < kept.size:
+                count = self._file.readinto(target[done:])  # type: ignore[attr-defined]
+                if not count:
+                    raise OSError(0, "the file has become shorter")
+                done += count
+        except OSError as error:
+            raise OffloadError(error.errno, f"an offloaded activation cannot be read: {error.strerror}") from error
+
+    def _advise(self, kept: "_InFile | _OnHost") -> None:
+        """The system may begin to read it: what went out last comes back first."""
+        if isinstance(kept, _InFile) and self._file is not None and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(self._file.fileno(), kept.begin, kept.size, os.POSIX_FADV_WILLNEED)
+
+
+class _Stores(threading.local):
+    def __init__(self) -> None:
+        self.free: list[Store] = []
+
+
+_stores = _Stores()
+
+
+class borrowed_store:  # noqa: N801 - used as a function
+    """A store for one pass, empty; its file is used again by later passes of this thread."""
+
+    def __enter__(self) -> Store:
+        self._store = _stores.free.pop() if _stores.free else Store()
+        return self._store
+
+    def __exit__(self, *_: object) -> None:
+        self._store.clear()
+        _stores.free.append(self._store)
