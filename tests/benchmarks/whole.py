@@ -48,6 +48,7 @@ print(f"test accuracy {100 * score:.2f} %")
 """
 COMMANDS = {
     "npnet, every 5": [sys.executable, "-m", "npnet", "train", "--quiet", "--epochs"],
+    "npnet, every 5, captured": [sys.executable, "-m", "npnet", "train", "--quiet", "--capture", "--epochs"],
     "npnet, plain": [sys.executable, "-m", "npnet", "train", "--quiet", "--checkpoint-every", "0", "--epochs"],
     "torch": [sys.executable, "-c", TORCH],
 }
