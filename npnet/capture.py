@@ -5,6 +5,9 @@ memory, deciding. `CapturedStep` takes that away. It runs `backpropagate` once o
 schedule, with the loss and the optimizer, and keeps the calls that this makes (see `npnet.tracing`). Nothing is
 written a second time: the layers, the schedule and the formulas are those of every other step, and so are the numbers,
 bit for bit. What the schedule drops is dead in the recording, too: the arena is the schedule's peak.
+
+One thing is done that eager steps do not: the arrays of a layer's parameters are moved side by side, their gradients
+come to lie side by side in the arena, and one call of each kind updates them all.
 """
 
 from collections.abc import Iterator
@@ -25,6 +28,8 @@ from npnet.replay import Program, listing
 from npnet.schedules import ScheduleLike, as_schedule
 from npnet.step import as_chain
 from npnet.tracing import CannotCapture, Factor, Recording
+
+REPLACED = "a layer or the optimizer replaces a parameter's array instead of overwriting it"
 
 
 class CapturedStep:
@@ -56,6 +61,7 @@ class CapturedStep:
         self._arena: Array | None = None  # where they all run
         self._bound: list[tuple[Parameter, Array, dict[str, Any] | None]] = []  # what programs overwrite
         self._factors: list[tuple[dict[str, Any], tuple[Factor, ...]]] = []  # by the number of updates there were
+        self._blocks: dict[Layer, dict[str, Array]] = {}  # "value", and what the optimizer remembers, of all parameters
         self._value = 0.0
 
     @property
@@ -133,6 +139,8 @@ class CapturedStep:
         clear_gradients(self.network.layers)
         for parameter in parameters.values():
             self.optimizer._allocate(parameter)
+        if not self._blocks:
+            self._blocks = {layer: self._laid_out(layer) for layer in self.network.layers}
         remembered = self.optimizer._state
         inputs: Any = recording.input(x, "x")
         targets: Any = recording.input(y, "y")
@@ -143,9 +151,15 @@ class CapturedStep:
             return gradient
 
         def update(layer: Layer) -> None:
-            for parameter in self.optimizer.prepare(layer.parameters()):
-                factors = self._factors_of(remembered.get(parameter, {"steps": 0}))
-                self.optimizer._update(parameter, parameter.take_gradient(), *factors)
+            ready = self.optimizer.prepare(layer.parameters())
+            counts = [remembered.get(parameter, {"steps": 0}) for parameter in ready]
+            alike = len({count["steps"] for count in counts}) == 1
+            whole = self._joined(recording, layer, ready) if alike else None
+            for parameter, count in zip([whole] if whole else ready, counts, strict=False):
+                value = parameter.value
+                self.optimizer._update(parameter, parameter.take_gradient(), *self._factors_of(count))
+                if parameter.value is not value:
+                    raise CannotCapture(REPLACED)
 
         try:
             with self._stand_ins(recording, parameters), one_step(-1):
@@ -154,6 +168,44 @@ class CapturedStep:
             set_next_step(number)  # recording counts as no step
         self._bound = [(each, each.value, remembered.get(each)) for each in parameters.values()]
         return recording
+
+    def _laid_out(self, layer: Layer) -> dict[str, Array]:
+        """Move the arrays of a layer's parameters side by side, so that one call can update them all; and so what the
+        optimizer remembers of them. Nothing, where they are of different kinds.
+        """
+        parameters, blocks = layer.parameters(), dict[str, Array]()
+        kinds = {(each.value.dtype, each.value.flags.forc) for each in parameters}
+        if len(parameters) < 2 or len(kinds) > 1 or not parameters[0].value.flags.forc:
+            return blocks
+        orders: list[Any] = ["C" if each.value.flags.c_contiguous else "F" for each in parameters]
+        blocks["value"], values = _side_by_side([each.value for each in parameters], orders)
+        for each, value in zip(parameters, values, strict=True):
+            each.value = value
+        for name in self.optimizer.state_names:
+            states = [self.optimizer._state[each] for each in parameters]
+            blocks[name], values = _side_by_side([state[name] for state in states], orders)
+            for state, value in zip(states, values, strict=True):
+                state[name] = value
+        return blocks
+
+    def _joined(self, recording: Recording, layer: Layer, ready: list[Parameter]) -> Parameter | None:
+        """One parameter for all of the layer's, with their gradients joined, if they lie side by side."""
+        blocks = self._blocks[layer]
+        values: list[Any] = [each.value for each in ready]
+        gradients: list[Any] = [each.gradient for each in ready]
+        alike = all(a.value.strides == b.value.strides for a, b in zip(values, gradients, strict=True))
+        gradient: Any = (
+            recording.join(gradients) if blocks and alike and len(ready) == len(layer.parameters()) else None
+        )
+        if gradient is None:
+            return None
+        stand_ins: dict[str, Any] = {name: recording.constant(block, name) for name, block in blocks.items()}
+        whole = Parameter(stand_ins.pop("value"))
+        whole.gradient = gradient
+        self.optimizer._state[whole] = stand_ins
+        for each in ready:
+            each.gradient = None
+        return whole
 
     def _look(self, value: Array) -> None:
         """At the loss, between the forward and the backward pass: before anything is updated."""
@@ -187,11 +239,18 @@ class CapturedStep:
                 each.value = stand_in
             yield
             if any(each.value is not stand_in for each, stand_in in zip(parameters.values(), stand_ins, strict=True)):
-                raise CannotCapture("a layer or the optimizer replaces a parameter's array instead of overwriting it")
+                raise CannotCapture(REPLACED)
         finally:
             self.optimizer._state = states
             for each, value in zip(parameters.values(), values, strict=True):
                 each.value = value
+
+
+def _side_by_side(arrays: list[Array], orders: list[Any]) -> tuple[Array, list[Array]]:
+    """One row of all numbers, each array in its order, and views of the row in their shapes."""
+    block = np.concatenate([array.ravel(order=order) for array, order in zip(arrays, orders, strict=True)])
+    parts = np.split(block, np.cumsum([array.size for array in arrays])[:-1])
+    return block, [part.reshape(a.shape, order=order) for part, a, order in zip(parts, arrays, orders, strict=True)]
 
 
 def _check(x: Array, y: Array) -> None:

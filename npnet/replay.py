@@ -71,8 +71,9 @@ def places(recording: Recording) -> tuple[dict[Buffer, int], int]:
     for number, (_, arguments) in enumerate(recording.calls):
         for argument in arguments:
             if isinstance(argument, Traced) and argument.buffer.in_arena:
-                first, _ = lives.get(argument.buffer, (number, number))
-                lives[argument.buffer] = first, number
+                whole = argument.buffer.whole
+                first, _ = lives.get(whole, (number, number))
+                lives[whole] = first, number
     sizes = [-(-buffer.nbytes // ALIGNMENT) * ALIGNMENT for buffer in lives]
     offsets, total = pack(sizes, list(lives.values()))
     return dict(zip(lives, offsets, strict=True)), total
@@ -112,7 +113,8 @@ class Program:
     def _array(self, buffer: Buffer, offsets: dict[Buffer, int]) -> Array:
         if buffer.array is not None:
             return buffer.array
-        block = self.arena[offsets[buffer] : offsets[buffer] + buffer.nbytes]
+        begin = offsets[buffer.whole] + buffer.begin
+        block = self.arena[begin : begin + buffer.nbytes]
         array: Array = block.view(buffer.dtype).reshape(buffer.shape, order=buffer.order)
         return array
 
@@ -140,7 +142,8 @@ def listing(recording: Recording) -> str:
                 return "ones" if argument.ndim else "factor" if argument.flags.writeable else str(argument)
             return str(argument)
         buffer = argument.buffer
-        return f"{buffer.name or '@' + str(offsets[buffer])}[{', '.join(map(str, argument.shape))}]"
+        place = buffer.name or f"@{offsets[buffer.whole] + buffer.begin}"
+        return f"{place}[{', '.join(map(str, argument.shape))}]"
 
     lines = [f"{len(recording.calls)} calls in {total} bytes"]
     for function, arguments in recording.calls:

@@ -13,15 +13,15 @@ stand-ins refuse to be looked at; what it decides by shapes and attributes is de
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from npnet import into
 from npnet.backend import Array, Backend, ones, register_array_type, scalar
-from npnet.blocks import erf, keep_mask
 from npnet.dual import Ones
 from npnet.random import current_step
 from npnet.stand_in import StandIn
@@ -34,12 +34,13 @@ class CannotCapture(NotImplementedError, AttributeError):
 class Buffer:
     """A place for numbers: in the arena, somebody else's ``array``, or input number ``source``."""
 
-    __slots__ = ("array", "dtype", "name", "order", "shape", "source")
+    __slots__ = ("array", "begin", "dtype", "name", "order", "shape", "source", "whole")
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, order: str, name: str = "") -> None:
         self.shape, self.dtype, self.order, self.name = shape, np.dtype(dtype), order, name
         self.array: Array | None = None
         self.source: int | None = None
+        self.whole, self.begin = self, 0  # a buffer that this is a part of, from so many bytes on
 
     @property
     def in_arena(self) -> bool:
@@ -129,7 +130,7 @@ class Traced(StandIn):
         if not copy and np.dtype(dtype) == self.dtype:
             return self
         result = self.recording.empty(self.shape, dtype, order if order in "CF" else _layout([self.value]))
-        self.recording.call(_copy, self, result)
+        self.recording.call(into.copy, self, result)
         return result
 
     def _reduced(self, function: Callable[..., Any], axis: int | None, keepdims: bool) -> "Traced":
@@ -196,6 +197,19 @@ class Recording:
         self.inputs += 1
         return self._stand_in(buffer)
 
+    def join(self, parts: Sequence[Traced]) -> Traced | None:
+        """One stand-in for all of ``parts``, which from now on lie side by side; None if they are not whole buffers."""
+        buffers = dict.fromkeys(part.buffer for part in parts)
+        whole = all(part.buffer.in_arena and part.buffer.nbytes == part.nbytes for part in parts)
+        if not whole or len(buffers) < len(parts) or any(each.whole is not each for each in buffers):
+            return None
+        joined = self.empty((sum(part.size for part in parts),), parts[0].dtype)
+        begin = 0
+        for each in buffers:
+            each.whole, each.begin = joined.buffer, begin
+            begin += each.nbytes
+        return joined
+
     def call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Write down a call; stand-ins among its arguments become arrays."""
         self.calls.append((function, arguments))
@@ -212,28 +226,6 @@ class Recording:
 def _layout(arrays: Iterable[Array]) -> str:
     """The order that NumPy gives to a result: that of its operands."""
     return "F" if all(a.flags.f_contiguous and not a.flags.c_contiguous for a in arrays) else "C"
-
-
-def _copy(x: Array, out: Array) -> None:
-    np.copyto(out, x, casting="unsafe")
-
-
-def _einsum(subscripts: str, x: Array, y: Array, out: Array) -> None:
-    np.einsum(subscripts, x, y, out=out)
-
-
-def _erf(x: Array, out: Array) -> None:
-    out[...] = erf(x)
-
-
-def _draw(key: int, p: float, out: Array) -> None:
-    out[...] = keep_mask(out, key, p)
-
-
-_WITH_OUT: dict[np.ufunc, Callable[..., Any]] = {  # those that NumPy no longer gives a positional out
-    np.maximum: lambda x, y, out: np.maximum(x, y, out=out),
-    np.minimum: lambda x, y, out: np.minimum(x, y, out=out),
-}
 
 
 def _recording_of(*operands: Any) -> Recording:
@@ -271,7 +263,7 @@ def _elementwise(ufunc: np.ufunc, *inputs: Any, out: Traced | None = None) -> Tr
         out = recording.empty(shape, dtypes[-1], _layout(whole) if whole else "C")
     elif out.shape != shape:
         raise ValueError(f"numpy.{ufunc.__name__}: the result has shape {shape}, out {out.shape}")
-    recording.call(_WITH_OUT.get(ufunc, ufunc), *operands, out)
+    recording.call(into.WITH_OUT.get(ufunc, ufunc), *operands, out)
     return out
 
 
@@ -295,7 +287,7 @@ class TracingModule:
     def zeros_like(self, x: Traced) -> Traced:
         """A new buffer, of zeros at every replay."""
         result = self.empty_like(x)
-        x.recording.call(_copy, scalar(np, 0.0, x.dtype), result)
+        x.recording.call(into.copy, scalar(np, 0.0, x.dtype), result)
         return result
 
     def dot(self, x: Any, y: Any) -> Traced:
@@ -314,13 +306,13 @@ class TracingModule:
         sizes = dict(zip(subscripts.replace(",", ""), (*x.shape, *y.shape), strict=False))
         shape = tuple(sizes[letter] for letter in subscripts.split("->")[1])
         result = _recording_of(x, y).empty(shape, np.result_type(x.dtype, y.dtype))
-        result.recording.call(_einsum, subscripts, x, y, result)
+        result.recording.call(into.einsum, subscripts, x, y, result)
         return result
 
     def erf(self, x: Traced) -> Traced:
         """The error function."""
         result = x.recording.empty(x.shape, x.dtype)
-        x.recording.call(_erf, x, result)
+        x.recording.call(into.erf, x, result)
         return result
 
     def keep_mask(self, x: Traced, key: int, p: float) -> Traced:
@@ -330,7 +322,7 @@ class TracingModule:
         if current_step() != recording.step:
             raise CannotCapture("a recomputation that draws other random numbers cannot be recorded")
         result = recording.empty(x.shape, np.bool_)
-        recording.call(_draw, key, p, result)
+        recording.call(into.draw, key, p, result)
         return result
 
 

@@ -125,7 +125,7 @@ def test_a_mask_that_is_drawn_once_would_be_seen(monkeypatch):
     masks = [npnet.blocks.keep_mask(np.ones((4, 5)), 3, 0.5) for _ in range(2)]
     assert np.array_equal(*masks)
     monkeypatch.undo()
-    monkeypatch.setattr("npnet.tracing._draw", lambda key, p, out: np.copyto(out, True))
+    monkeypatch.setattr("npnet.into.draw", lambda key, p, out: np.copyto(out, True))
     with pytest.raises(AssertionError):
         both("dropout")
 
@@ -208,6 +208,18 @@ def test_arrays_put_in_their_places_are_seen():
         model.train()
         results.append(([step(x, y)], model.state_dict(), optimizer.state_dict(model.named_parameters()), 0))
     assert_same(*results)
+
+
+def test_a_layers_parameters_are_moved_side_by_side_and_updated_by_one_call():
+    model, optimizer = MODELS["relu"]("float32"), npnet.Adam()
+    step = CapturedStep(model, npnet.Quadratic(), optimizer)
+    before, x, y = model.state_dict(), *batch()
+    assert step.listing(x, y).count("sqrt") == len(model.layers)
+    assert all(np.array_equal(before[name], array) for name, array in model.state_dict().items())
+    for layer in model.layers:
+        weight, bias = layer.weight.value, layer.bias.value
+        assert weight.base is bias.base is not None
+        assert weight.flags.f_contiguous
 
 
 def test_recording_changes_nothing():

@@ -49,6 +49,7 @@ ORDER = [
         "interrupts",
         "stand_in",
         "dual",
+        "into",
         "tracing",
         "replay",
         "capture",

@@ -157,6 +157,29 @@ def test_what_cannot_be_done_again_is_refused(function, words):
         function(Recording().input(np.ones((6, 4))))
 
 
+def test_joined_buffers_lie_side_by_side():
+    def whole(x, y):
+        a, b = array_module(x).dot(x, y.T), x + y
+        joined = x.recording.join([a, b])
+        array_module(joined).multiply(joined, 3.0, out=joined)
+        return joined
+
+    x, y = np.random.default_rng(0).random((2, 6, 4))
+    run, _ = recorded(whole, x, y)
+    assert np.array_equal(run(x, y), 3 * np.concatenate([(x @ y.T).ravel(), (x + y).ravel()]))
+
+
+def test_only_whole_buffers_are_joined():
+    recording = Recording()
+    x = recording.input(np.ones((6, 4)))
+    a, b = x + 1, x + 2
+    assert recording.join([a, a]) is None
+    assert recording.join([a[:3], b]) is None
+    assert recording.join([a, x]) is None
+    assert recording.join([a.T, b]).shape == (48,)
+    assert recording.join([a, x + 3]) is None
+
+
 def test_wrong_shapes_are_refused_while_recording():
     x = Recording().input(np.ones((6, 4)))
     xp = array_module(x)
