@@ -123,7 +123,9 @@ def check_dropout(p, shape):
     rng = np.random.default_rng(1)
     x, dy, layer = rng.normal(size=shape), rng.normal(size=shape), Dropout(p)
     seed(2)
-    draws, others = STREAM.random(shape), STREAM.random(shape)
+    start = STREAM.bit_generator.state
+    draws, drawn_once = STREAM.random(shape), STREAM.bit_generator.state
+    others = STREAM.random(shape)
     right_y, right_dx = by_npnet(x, dy, p, draws)
     seed(2)
     with labs.unchanged(x=x, dy=dy), labs.told("Dropout"):
@@ -140,8 +142,10 @@ def check_dropout(p, shape):
         "kept and dropped are exchanged, and nothing is divided by 1 - p": np.where(
             draws >= p, 0, x
         ),
-        "you draw twice: draw once, and keep the mask": by_npnet(x, dy, p, others)[0],
     }
+    assert drawn_by_forward != start, "Dropout.forward draws nothing from STREAM"
+    words = "Dropout.forward draws more or fewer numbers than one for each of x: STREAM.random(x.shape), once"
+    assert drawn_by_forward == drawn_once, words
     labs.check_array(y, right_y, f"Dropout({p}): y", mistakes=mistakes)
     mistakes = {
         "the mask is drawn anew; backward needs that of forward": by_npnet(x, dy, p, others)[1],
@@ -187,6 +191,9 @@ print("Dropout: right")
 #
 # So its `saved` is `x`, and what `inner` saved is never there but for a moment. Do not put `x` into `self`: a
 # layer that remembers forgets, when it is run a second time before its backward pass.
+#
+# (In PyTorch, the same class is an `autograd.Function`. Its backward pass has to *detach* the input from the graph of
+# the first run, or it would go back through that graph twice. npnet keeps no graph, so there is nothing to detach.)
 #
 # The first test looks at the gradients, the second counts runs and bytes. Random numbers come in part 4.
 
@@ -740,11 +747,39 @@ print(f"  MT19937 (np.random.seed):   {np.random.MT19937(0).state['state']['key'
 print("  Philox, by key and counter: none")
 
 # %% [markdown]
+# Where PyTorch is installed, it shows the same:
+
+# %% nbgrader={"grade_id": "pytorch", "locked": true}
+try:
+    import torch
+    from torch.utils.checkpoint import checkpoint as torch_checkpoint
+except ImportError:
+    torch = None
+    print("PyTorch is not installed: comparison skipped. (Nothing else needs it.)")
+if torch is not None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(6, 1), torch.nn.Tanh())
+    found = {}
+    for name, preserve in {"without": None, "preserved": True, "not preserved": False}.items():
+        x = torch.arange(24.0).reshape(4, 6).div(24).requires_grad_()
+        torch.manual_seed(1)
+        if preserve is None:
+            output = module(x)
+        else:
+            output = torch_checkpoint(module, x, use_reentrant=False, preserve_rng_state=preserve)
+        output.sum().backward()
+        found[name] = x.grad.numpy()
+        same = np.array_equal(found[name], found["without"])
+        print(
+            f"{name:>13}: sum {output.sum().item():.6f}; the gradient is that without a checkpoint: {same}"
+        )
+
+# %% [markdown]
 # ### Question 2 (2 points)
 #
 # * A colleague writes a layer that draws from a generator of its own, `self.rng = np.random.default_rng(5)`, and puts
 #   it into your `checkpoint`. What happens, and why? (The same trap exists in PyTorch, which preserves the states of
-#   its own generators only.) Name two ways to repair it.
+#   its default generators only.) Name two ways to repair it.
 # * Batch normalization draws nothing, but updates running averages in each forward pass. Is a checkpoint around it
 #   right? What is with its gradient, what with its averages?
 
@@ -1031,8 +1066,8 @@ plt.show()
 # * Which parts are chosen first as the budget shrinks, and why? In a transformer, what would you checkpoint by this rule:
 #   the large matrix products, or the softmax and dropout of attention, which have many numbers and few flops each?
 # * The last part is never chosen. Why does a checkpoint around it save nothing?
-# * For 2 % more flops the measured peak falls by about a fifth; to halve it takes about a third of a forward pass. Which of the
-#   two would you call "the price of checkpointing"? What does the square-root rule (every third) overlook here?
+# * For 2 % of a forward pass the measured peak falls by about a fifth; for a third of a forward pass, by two fifths; for
+#   all of it, by little more than a half. Is there *the* price of checkpointing? What does the square-root rule (every third) overlook here?
 
 # %% [markdown] nbgrader={"grade_id": "question_choice", "grade": true, "points": 2, "solution": true}
 # ### BEGIN SOLUTION
