@@ -893,7 +893,7 @@ labs.slider(timeline, list(range(1, 16)), "cut", value=8)
 # %% [markdown]
 # ## 6 A training from start to end
 #
-# 100,000 points near the line $y = 2x + 3$, one epoch in batches of 1000, and a chain of 10 layers that is far
+# 100,000 points near the line $y = 2x + 3$, one epoch in batches of 1000, and a chain of 16 layers that is far
 # too large for a line: memory is what we want to see. It is trained three times from the same weights: plain, with
 # your segments, and with npnet's own `checkpoint_sequential`.
 
@@ -923,7 +923,7 @@ class Training:
     """A model trained by one of the three ways; all begin with the same weights."""
 
     def __init__(self, step):
-        self.model = npnet.mlp([1] + [64] * 9 + [1], "relu", rng=3)
+        self.model = npnet.mlp([1] + [48] * 15 + [1], "relu", rng=3)
         self.step, self.optimizer = step, npnet.Adam(1e-3)
         self.losses, self.seconds = [], []
 
@@ -985,7 +985,7 @@ for ax in axes:
 plt.show()
 
 # %% [markdown]
-# The three trainings are one, bit for bit. (Do not be surprised if the ratio of the times is near 1: six of 10 layers
+# The three trainings are one, bit for bit. (Do not be surprised if the ratio of the times is near 1: 12 of 16 layers
 # are run again, but memory that was just freed is handed out again faster than fresh memory from the system, and this
 # may pay for it.) Is the built-in version's peak higher than yours? Its tape may be used
 # again, so it does not let go of the last segment's activations on the way back. (npnet trains by schedules,
