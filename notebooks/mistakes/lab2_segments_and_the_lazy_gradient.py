@@ -1,0 +1,121 @@
+"""Typical mistakes in lab 2."""
+
+from notebooks.mistake import Mistake
+
+CHAIN, LAZY, SEQUENTIAL = "chain", "lazy_gradient", "checkpoint_sequential"
+
+MISTAKES = [
+    Mistake(
+        "all activations kept without keep",
+        CHAIN,
+        "test_chain",
+        "        del saved  # or this name would keep the activation before x\n    return x, tape",
+        "        tape.append(saved)\n    return x, tape if keep else []",
+        "entries for 3 layers",
+    ),
+    Mistake(
+        "the tape is not used up",
+        CHAIN,
+        "test_chain",
+        "    for layer in reversed(layers):\n        dy = layer.backward(dy, tape.pop())",
+        "    for layer, saved in zip(layers[::-1], tape[::-1], strict=True):\n        dy = layer.backward(dy, saved)",
+        "backward_chain leaves 3 entries on the tape",
+    ),
+    Mistake(
+        "the gradient is not passed on",
+        CHAIN,
+        "test_chain",
+        "dy = layer.backward(dy, tape.pop())",
+        "layer.backward(dy, tape.pop())",
+        "The last layer is right: does each layer get what the one behind it returned?",
+    ),
+    Mistake(
+        "the output's gradient sent into the first half",
+        LAZY,
+        "test_lazy_gradients",
+        "backward_chain(before, tape, dh)",
+        "backward_chain(before, tape, dy)",
+        "go back through `before` once, with the gradient at the bottleneck",
+    ),
+    Mistake(
+        "the second half's gradients added twice",
+        LAZY,
+        "test_lazy_gradients",
+        "    dh = backward_chain(after, tape, dy)",
+        "    backward_chain(after, list(tape), dy)\n    dh = backward_chain(after, tape, dy)",
+        "it is 2 times the right one",
+    ),
+    Mistake(
+        "both halves kept",
+        LAZY,
+        "test_lazy_memory",
+        "    dh = backward_chain(after, tape, dy)\n    _, tape = forward_chain(before, x)\n",
+        "    _, first = forward_chain(before, x)\n    dh = backward_chain(after, tape, dy)\n    tape = first\n",
+        "the activations of both halves are alive at once",
+    ),
+    Mistake(
+        "the rest of the layers left out",
+        "split",
+        "test_split",
+        " + [layers[last:]]",
+        " + [layers[last : last + size]]",
+        "2 layers are in no segment",
+    ),
+    Mistake(
+        "rounded up",
+        "split",
+        "test_split",
+        "    size = len(layers) // segments",
+        "    size = -(-len(layers) // segments)",
+        "The rest belongs to the last segment",
+    ),
+    Mistake(
+        "segments in the order of the forward pass",
+        SEQUENTIAL,
+        "test_sequential",
+        "    for part in reversed(parts[:-1]):\n        _, tape = forward_chain(part, inputs.pop())",
+        "    for part in parts[:-1]:\n        _, tape = forward_chain(part, inputs.pop(0))",
+        "Layer 6 is the last of a segment, and what is behind it is right",
+    ),
+    Mistake(
+        "the last segment recomputed",
+        SEQUENTIAL,
+        "test_sequential_costs",
+        "    dy = backward_chain(parts[-1], tape, dy)",
+        "    _, tape = forward_chain(parts[-1], tape[0][0])\n    dy = backward_chain(parts[-1], tape, dy)",
+        "you recompute the last segment, too; it can be kept from the forward pass: 30 recomputed forwards, 24 suffice",
+    ),
+    Mistake(
+        "all segments kept",
+        SEQUENTIAL,
+        "test_sequential_costs",
+        "        x, _ = forward_chain(part, x, keep=False)",
+        "        x, own = forward_chain(part, x)\n        part[0].own = own",
+        "nearly every activation is alive at once",
+    ),
+    Mistake(
+        "the checkpoints forgotten",
+        "most_held",
+        "test_most_held",
+        "checkpoints + sum(",
+        "sum(",
+        "You count one segment without the checkpoints before it",
+    ),
+    Mistake(
+        "all checkpoints with the largest segment",
+        "most_held",
+        "test_most_held",
+        "    checkpoints, most = 0, 0\n",
+        "    return sum(sizes[c - 1] for c in cuts) + max(sum(sizes[a:b]) for a, b in itertools.pairwise(edges))\n"
+        "    checkpoints, most = 0, 0\n",
+        "those behind a segment have been used by then",
+    ),
+    Mistake(
+        "cut where it is narrowest",
+        "best_cuts",
+        "test_best_cuts",
+        "    choices = ",
+        "    return sorted(sorted(range(1, len(sizes)), key=lambda layer: sizes[layer - 1])[:count])\n    choices = ",
+        "You cut where the activations are narrowest",
+    ),
+]
