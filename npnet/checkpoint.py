@@ -264,14 +264,27 @@ def checkpoint(part: Layer, preserve_rng_state: bool = True, determinism_check: 
 
 
 class Tape(NamedTuple):
-    """What a forward pass left for its backward pass."""
+    """What a forward pass left for its backward pass, part by part."""
 
-    layer: Layer
-    saved: Saved
+    parts: Sequence[Layer]
+    saved: list[Saved]
 
     def backward(self, dy: Array) -> Array:
-        """The gradient at the input, from that at the output; adds into the parameters' gradients."""
-        return self.layer.backward(dy, self.saved)
+        """The gradient at the input, from that at the output; adds into the parameters' gradients.
+
+        Once: what a part saved is freed when its gradients are there.
+
+        Raises:
+            RuntimeError: the tape has been used.
+        """
+        if not self.saved:
+            raise RuntimeError("Tape.backward: the tape has been used; run the forward pass again")
+        gradient: Any = self.parts[-1].backward(dy, self.saved[-1])  # which refuses a dy that does not fit
+        for part in reversed(self.parts[:-1]):
+            self.saved.pop()
+            gradient = part.backward_(gradient, self.saved[-1])
+        self.saved.clear()
+        return gradient  # type: ignore[no-any-return]
 
 
 def checkpoint_sequential(
@@ -300,4 +313,4 @@ def checkpoint_sequential(
     parts = [Sequential(*layers[start : start + size]) for start in range(0, last, size)]
     model = Sequential(*(checkpoint(part, preserve_rng_state) for part in parts), Sequential(*layers[last:]))
     y, saved = model.forward(x)
-    return y, Tape(model, saved)
+    return y, Tape(model.layers, saved)

@@ -172,6 +172,26 @@ def test_checkpoint_sequential_gives_the_bits_of_the_model_without(segments):
     assert equal([y, dx, *taken(layers)], by_hand(Sequential(*plain), x))
 
 
+def test_a_tape_frees_what_it_has_used_and_serves_once():
+    layers, x = npnet.mlp([64] * 17, rng=0).layers, np.ones((1000, 64), np.float32)
+
+    def peak(segments):
+        def step():
+            y, tape = checkpoint_sequential(layers, segments, x)
+            tape.backward(np.ones_like(y))
+
+        return npnet.measure_peak(step).increase_bytes / x.nbytes
+
+    peak(4)
+    assert peak(4) < 0.6 * peak(1)
+    y, tape = checkpoint_sequential(layers, 4, x)
+    with pytest.raises(ValueError, match="shape"):
+        tape.backward(np.ones((3, 64), np.float32))
+    tape.backward(np.ones_like(y))
+    with pytest.raises(RuntimeError, match="has been used"):
+        tape.backward(np.ones_like(y))
+
+
 @pytest.mark.parametrize(
     ("segments", "error", "message"),
     [
