@@ -887,10 +887,15 @@ def product_at(vector, v):
     return to_vector(hvp(to_parts(vector, shapes), to_parts(v, shapes), x_fit, y_fit))
 
 
+ways = {0.0: [], 0.0001: []}  # for each beta the parameters, every 20th step
+
+
 def fit_by_steps(alpha, beta):
     """Gradients spent, and the loss, step by step; and where it ends."""
     vector, spent, losses = to_vector(shapes), [0], []
     while spent[-1] < costs:
+        if len(losses) % 20 == 0:
+            ways[beta].append(vector)
         losses.append(loss_and_gradient(vector)[0])
         if beta:
             vector = curvature_step(
@@ -947,6 +952,37 @@ for ax in axes:
 plt.show()
 
 # %% [markdown]
+# Why does the step with curvature jump, after hundreds of good steps? Here is the largest curvature on its way (the largest eigenvalue of the
+# Hessian, whose columns are 49 of your products), and your `shrink_factor` for it:
+
+# %% nbgrader={"grade_id": "sharpening", "locked": true}
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
+for beta, way in ways.items():
+    way = way[:51]  # the first 1000 steps
+    largest = []
+    for vector in way:
+        columns = [product_at(vector, unit) for unit in np.eye(vector.size)]
+        largest.append(np.linalg.eigvalsh(np.stack(columns))[-1])
+    numbers = 20 * np.arange(len(way))
+    axes[0].plot(numbers, largest, label=f"beta = {beta:g}")
+    axes[1].plot(
+        numbers, [shrink_factor(each, 0.01, beta) for each in largest], label=f"beta = {beta:g}"
+    )
+    print(
+        f"beta = {beta:g}: largest curvature {largest[0]:.1f} at first, {largest[-1]:.1f} at last"
+    )
+axes[0].set(title="largest curvature", xlabel="step", ylabel="largest eigenvalue", ylim=0)
+axes[1].axhspan(-1, 1, color="tab:green", alpha=0.1)
+axes[1].set(title="factor of a step (green: stable)", xlabel="step", ylabel="factor")
+for ax in axes:
+    ax.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+# Training makes the loss *sharper*, until the step is no longer stable: the distance along the sharpest direction grows with each step, the loss
+# jumps, and the parameters land where the curvature is smaller. Gradient descent does the same at $\lambda = 2/\alpha$ (Cohen et al., 2021:
+# the *edge of stability*). No learning rate is right forever, and a rule that squares the curvature gets there first.
+#
 # ### Question 2 (2 points)
 #
 # * Newton's method needs one step for the line of part 1, from anywhere. Why? And why not for the network?
@@ -1079,4 +1115,6 @@ else:
 #   trick in the tests.
 # * Y. N. Dauphin et al., "Identifying and attacking the saddle point problem in high-dimensional non-convex optimization", *NIPS*, 2014,
 #   arXiv:1406.2572.
+# * J. M. Cohen, S. Kaur, Y. Li, J. Z. Kolter and A. Talwalkar, "Gradient descent on neural networks typically occurs at the edge of
+#   stability", *ICLR*, 2021, arXiv:2103.00065.
 # * A. Griewank and A. Walther, *Evaluating Derivatives*, 2nd edition, SIAM, 2008: forward over reverse, and what it costs.
