@@ -190,7 +190,8 @@ x_train, y_train, x_test, y_test = x[train], y[train], x[test], y[test]
 # ### Task 2: measure time (3 points)
 #
 # Write `seconds_of(work, wait, repeats, clock)`. `work()` starts the work, `wait()` returns when the
-# device has finished all it was given, `clock()` says what time it is, in seconds.
+# device has finished all it was given, `clock()` says what time it is, in seconds. (Take no other clock: the
+# test's device has a time of its own, in which every launch takes 1 second.)
 #
 # 1. Run the work once to warm up. That time does not count, nor does what the device had in its queue
 #    before you came.
@@ -221,8 +222,10 @@ class PretendedDevice:
 
     def __init__(self, durations, queued=0):
         self.durations, self.queued, self.now, self.launches = list(durations), queued, 100, 0
+        self.readings = 0
 
     def clock(self):
+        self.readings += 1
         return self.now
 
     def work(self):
@@ -252,6 +255,8 @@ def check_seconds(durations, right, queued=0, **wrong):
         "launch": "This is the time of the launch: wait before you stop the clock",
     }
     mistakes = {said[name]: seconds for name, seconds in ({"launch": 1} | wrong).items()}
+    if device.readings % 2:
+        mistakes["A time is the difference of two readings of clock(), and of no other clock"] = got
     call = f"seconds_of, {repeats} runs of {durations[1:]} seconds, and 1 for each launch"
     labs.check_number(got, right, call, mistakes=mistakes)
     assert device.launches == len(durations), (
@@ -539,8 +544,8 @@ print(f"few digits:     half(2048) + half(1) = {half(2048) + half(1)}")
 print(f"lost update:    half(0.5) - half(1e-4) = {half(0.5) - half(1e-4)}")
 
 # %% [markdown]
-# The last line forbids to keep the *weights* in half precision: a small update of a large weight is
-# rounded away, again and again. The second endangers the *gradients*, which are small numbers.
+# The last line is why *weights* are not kept in half precision: a small update of a large weight is
+# rounded away, again and again. The second line endangers *gradients*, which are small numbers.
 #
 # Three rules make training in half precision work (Micikevicius et al., 2018):
 #
@@ -554,7 +559,8 @@ print(f"lost update:    half(0.5) - half(1e-4) = {half(0.5) - half(1e-4)}")
 #
 # Write `lost_in_half(gradients, scale)`, for a list of float32 arrays: multiply by the scale, make the
 # products float16, and look at what became of them. Return two *numbers of numbers*, over all arrays together: how
-# many were not 0 and have become 0, and how many were finite and have become infinite.
+# many were not 0 and have become 0, and how many were finite and have become infinite. (NumPy may warn of an overflow: it
+# is what we are looking for.)
 
 
 # %% nbgrader={"grade_id": "lost_in_half", "solution": true}
@@ -611,7 +617,7 @@ print("lost_in_half: right")
 # %% [markdown]
 # Now a real gradient: our network, its patients, one backward pass in float32. To see the danger with a
 # small network, we give the loss a small weight, `WEIGHT` = 1e-5. In large models gradients are as small without that: the loss
-# is a mean over thousands of samples and a sum over many tasks, and near the end nearly all of them are right. Here is what float16
+# is a mean over thousands of samples and a sum over many tasks, and near the end nearly every sample is predicted well. Here is what float16
 # makes of it, for every scale:
 
 # %% nbgrader={"grade_id": "gradient_histogram", "locked": true}
@@ -878,6 +884,9 @@ def check_mixed(scale, gradients, shapes=((3, 2), (3,))):
                     early[i].astype("f4")
                 ),
                 "it is divided twice": each / np.float32(scale),
+                "it is divided by another scale than backward got: tell the scaler after you have divided": (
+                    each / 8
+                ),
             }
             labs.check_array(got, each, f"gradient {i} that update gets", mistakes=mistakes)
     assert scaler.told, "scaler.update was not called: tell the scaler in both cases"
@@ -973,8 +982,8 @@ plt.show()
 # %% [markdown]
 # ### Question 2 (2 points)
 #
-# * Explain both curves on the right: why does the scale climb in stairs, fall by single steps, and climb again?
-#   Find in the picture of Task 4 where it has to stop.
+# * Explain both curves on the right: why do they climb in stairs, and why are there needles on the upper one, but not on the lower?
+#   Find in the picture of Task 4 where they have to stop.
 # * Why is it harmless that some steps are skipped, and why must the gradient of *all* layers be dropped if one number of one layer
 #   overflows?
 # * bfloat16 has the exponents of float32 (8 bits of them) and 8 bits of precision. Which of the three rules does it still need?
@@ -1048,7 +1057,7 @@ plt.show()
 # %% [markdown]
 # And do they all learn? The exercise's network with its three initializations, trained by `npnet.fit` with Adam, batches of 128, an
 # update every 4 of them. 614 patients are 5 batches, the last one of 102: the second window of each epoch is *partial*, with one
-# batch in it.
+# batch in it. (Its update follows 102 patients only, and its loss counts as much as the other's in the mean of the epoch: hence the jags.)
 
 # %% nbgrader={"grade_id": "toolbox_train", "locked": true}
 epochs = 2 if labs.grading() else 100

@@ -3,7 +3,7 @@
 #
 # The gradient says which way is down. It does not say how far: that depends on how fast the slope
 # changes, on the *curvature*. All curvatures together are the **Hessian** $H$, the matrix of second
-# derivatives of the loss, and for $n$ parameters it has $n^2$ numbers: for the small MNIST network of lab 1 that is 5 GB, for
+# derivatives of the loss, and for $n$ parameters it has $n^2$ numbers: for the small MNIST network of lab 1 that is nearly 6 GB, for
 # a large language model more than all the memory there is.
 #
 # Nobody needs them. What one needs is $Hv$, the derivative of the gradient in one direction $v$; and
@@ -277,6 +277,18 @@ def gradient_of(theta, x, y):
     return float(((o - y) ** 2).mean()), gradient
 
 
+def to_parts(vector, theta):
+    """A vector (n,) in the shapes of theta."""
+    ends = np.cumsum([each.size for each in theta])
+    parts = np.split(vector, ends[:-1])
+    return [part.reshape(each.shape) for part, each in zip(parts, theta, strict=True)]
+
+
+def to_vector(parts):
+    """Arrays as one vector (n,)."""
+    return np.concatenate([np.ravel(part) for part in parts])
+
+
 # %% [markdown]
 # ### Task 3: the forward pass moves (2 points)
 #
@@ -454,6 +466,11 @@ def check_hvp(*sizes):
     names = ["W_1", "b_1", "W_2", "b_2"]
     for i in (3, 2, 1, 0):  # as the backward pass computes them
         mistakes = {words: arrays[i] for words, arrays in wrong.items()}
+        fixed = next(arrays[i] for words, arrays in wrong.items() if "slope" in words)
+        mistakes["the tangent of the slope 1 - a ** 2 has the wrong sign"] = 2 * fixed - right[i]
+        mistakes["half of the tangent of the slope is missing: a ** 2 is a product, too"] = (
+            fixed + right[i]
+        ) / 2
         name = f"the tangent of the gradient at {names[i]}"
         labs.check_array(answer[i], right[i], name, batch=len(x), mistakes=mistakes)
 
@@ -476,18 +493,6 @@ print("hvp: right")
 
 # %% nbgrader={"grade_id": "look_at_hessian", "locked": true}
 theta = [each.value for each in npnet.mlp([1, 6, 1], "tanh", dtype=np.float64, rng=1).parameters()]
-
-
-def to_parts(vector, theta):
-    """A vector (n,) in the shapes of theta."""
-    ends = np.cumsum([each.size for each in theta])
-    parts = np.split(vector, ends[:-1])
-    return [part.reshape(each.shape) for part, each in zip(parts, theta, strict=True)]
-
-
-def to_vector(parts):
-    return np.concatenate([np.ravel(part) for part in parts])
-
 
 n = to_vector(theta).size
 full = np.stack([to_vector(hvp(theta, to_parts(unit, theta), x, y)) for unit in np.eye(n)], axis=1)
@@ -791,7 +796,7 @@ def best_in_krylov(matrix, g, iterations):
 
 
 def direction_of(matrix, g, damping, iterations):
-    """The student's direction, and how many products it took."""
+    """The student's direction, and the vectors whose products it took."""
     calls = []
 
     def product(v):
@@ -805,7 +810,7 @@ def direction_of(matrix, g, damping, iterations):
         np.errstate(all="ignore"),
     ):
         got = newton_direction(product, g, damping, iterations)
-    return got, len(calls)
+    return got, calls
 
 
 def check_direction(n, damping, iterations, enough=None):
@@ -833,9 +838,13 @@ def check_direction(n, damping, iterations, enough=None):
     mistakes["this is steepest descent: the new direction is missing its part of the old one"] = (
         descent
     )
+    if len(calls) > 1 and abs(calls[0] @ a @ calls[1]) > 1e-6 * (calls[0] @ a @ calls[0]):
+        words = "the first two directions are not conjugate (d'.Ad is not 0): the factor of the old d is the new r.r "
+        words += "over the r.r from before"
+        mistakes[words] = got
     name = f"newton_direction, {n} parameters, damping {damping}, {iterations} iterations"
     labs.check_array(got, right, name, mistakes=mistakes, tolerance=1e-6)
-    labs.check_calls(calls, enough or iterations, "products", name=name)
+    labs.check_calls(len(calls), enough or iterations, "products", name=name)
 
 
 def check_negative(eigenvalues, g, right, words, calls=1):
@@ -845,7 +854,7 @@ def check_negative(eigenvalues, g, right, words, calls=1):
     labs.check_array(
         got, np.array(right), name, mistakes={said: np.array(p) for said, p in words.items()}
     )
-    labs.check_calls(made, calls, "products", name=name)
+    labs.check_calls(len(made), calls, "products", name=name)
 
 
 check_direction(6, 0.5, 3)
