@@ -37,6 +37,7 @@ from npnet.backend import Backend
 from npnet.initializers import calculate_gain, normal
 from npnet.memory import format_bytes
 
+plt.rcParams["figure.dpi"] = 80
 features = ["pregnancies", "glucose", "blood pressure", "skin fold", "insulin", "body mass index"]
 features += ["pedigree", "age"]
 x, y = npnet.load_diabetes()
@@ -477,8 +478,11 @@ rules = {
     "Xavier, uniform, gain 1": xavier_uniform,
     "normal, 0.02": small_normal,
 }
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
-for name, rule in rules.items():
+numbers = range(1, 21)
+
+
+def through_20_layers(rule):
+    """Standard deviations: of a_1 ... a_20, and of the gradients at a_20 ... a_1."""
     model = npnet.mlp([8] + [64] * 20, "relu", "relu", initializer=rule, rng=3)
     a, saved, forwards, backwards = x_train, [], [], []
     for layer in model.layers:
@@ -489,7 +493,12 @@ for name, rule in rules.items():
     for layer, kept in zip(reversed(model.layers), reversed(saved), strict=True):
         backwards.append(gradient.std())
         gradient = layer.backward(gradient, kept)
-    numbers = range(1, 21)
+    return forwards, backwards
+
+
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
+for name, rule in rules.items():
+    forwards, backwards = through_20_layers(rule)
     axes[0].semilogy(numbers, forwards, ".-", label=name)
     axes[1].semilogy(numbers, backwards[::-1], ".-", label=name)
     print(f"{name:<24} std of a_1: {forwards[0]:.1e}, of a_20: {forwards[-1]:.1e}; ", end="")
@@ -502,6 +511,31 @@ for ax in axes:
     ax.text(1, 1e-21, "0 in float16", color="dimgrey")
 axes[0].legend(loc="upper left", fontsize=8)
 plt.show()
+
+# %% [markdown]
+# Look for the right standard deviation yourself: move the slider. How narrow is the region in which 20 layers can be trained? And what does
+# Kaiming's rule say for 64 units?
+
+# %% nbgrader={"grade_id": "slide_std", "locked": true}
+
+
+def signal(std):
+    figure = plt.Figure(figsize=(7, 3.4), layout="constrained")
+    ax = figure.add_subplot()
+    forwards, backwards = through_20_layers(partial(normal, std=std))
+    ax.semilogy(numbers, forwards, ".-", label="activations")
+    ax.semilogy(numbers, backwards[::-1], ".-", label="gradients")
+    ax.axhspan(1e-9, 6e-8, color="grey", alpha=0.15, label="0 in float16")
+    ax.axhspan(6.5e4, 1e9, color="tab:red", alpha=0.15, label="infinite in float16")
+    ax.set(title=f"normal, standard deviation {std}", xlabel="layer", ylabel="standard deviation")
+    ax.set(xticks=[1, 5, 10, 15, 20], ylim=(1e-9, 1e9))
+    ax.legend(fontsize=8, ncols=2, loc="upper left")
+    return ax
+
+
+labs.slider(
+    signal, [0.02, 0.05, 0.1, 0.125, 0.15, 0.177, 0.2, 0.25, 0.35, 0.5, 1.0], "std", value=0.1
+)
 
 # %% [markdown]
 # ### Question 1 (2 points)

@@ -30,7 +30,7 @@ from npnet import MeanSquaredError, labs, measure_peak, plots
 from npnet.curvature import flatten, unflatten
 from npnet.memory import format_bytes
 
-plt.rcParams["figure.dpi"] = 80
+plt.rcParams["figure.dpi"] = 75
 x, y = npnet.make_linear(200, noise=0.2, low=-1, high=3, rng=0)
 print(f"x: {x.shape}, y: {y.shape}, {x.dtype}; y = 2 x + 3, and noise with standard deviation 0.2")
 
@@ -675,9 +675,12 @@ settings = {
     "with curvature": (0.1, 0.003),
     "beta too large": (0.1, 0.017),
 }
-for name, (alpha, beta) in settings.items():
+
+
+def way_of(alpha, beta, steps):
+    """The points that curvature_step goes through on the line's loss."""
     way = [begin]
-    for _ in range(12 if beta < 0.01 else 6):
+    for _ in range(steps):
         way.append(
             curvature_step(
                 way[-1],
@@ -687,6 +690,11 @@ for name, (alpha, beta) in settings.items():
                 beta,
             )
         )
+    return way
+
+
+for name, (alpha, beta) in settings.items():
+    way = way_of(alpha, beta, 12 if beta < 0.01 else 6)
     distance = np.linalg.norm(way[-1] - best)
     factors = [shrink_factor(value, alpha, beta) for value in values]
     print(
@@ -710,6 +718,27 @@ axes[1].set(
 axes[1].set_ylim(-2.2, 1.2)
 axes[1].legend(fontsize=8, loc="lower left")
 plt.show()
+
+# %% [markdown]
+# Move $\beta$, with $\alpha = 0.1$ and 12 steps. Which $\beta$ is best, and from which on does it diverge? Find both in
+# the picture on the right above.
+
+# %% nbgrader={"grade_id": "slide_beta", "locked": true}
+
+
+def way_with(beta):
+    figure = plt.Figure(figsize=(5, 4), layout="constrained")
+    ax = figure.add_subplot()
+    contours(ax)
+    way = np.transpose(way_of(0.1, beta, 12))
+    ax.plot(*way, "o-", markersize=3, linewidth=1.2, label=f"beta = {beta}")
+    factors = ", ".join(f"{shrink_factor(value, 0.1, beta):.2f}" for value in values)
+    ax.set(title=f"beta = {beta}, factors {factors}", xlim=(-1.6, 4.6), ylim=(-0.8, 6.2))
+    return ax
+
+
+betas = [0.0, 0.001, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014, 0.015, 0.017]
+labs.slider(way_with, betas, "beta", value=0.012)
 
 # %% [markdown]
 # ### Question 1 (2 points)
@@ -989,7 +1018,7 @@ plt.show()
 
 # %% [markdown]
 # Training makes the loss *sharper*, until the step is no longer stable: the distance along the sharpest direction grows with each step, the loss
-# jumps, and the parameters land where the curvature is smaller. Gradient descent does the same at $\lambda = 2/\alpha$ (Cohen et al., 2021:
+# jumps, and the parameters land where the curvature is smaller. From then on they stay near the edge. Gradient descent does the same at $\lambda = 2/\alpha$ (Cohen et al., 2021:
 # the *edge of stability*). No learning rate is right forever, and a rule that squares the curvature gets there first.
 #
 # ### Question 2 (2 points)
