@@ -18,7 +18,7 @@
 # | 4 Newton's view | `newton_direction`; a question | 5 + 2 |
 # | 5 What it costs | nothing: you watch; a question | 2 |
 #
-# It takes about an hour. Write where it says `YOUR CODE HERE` or `YOUR ANSWER HERE`. Below each task is
+# It takes an hour, or a little more. Write where it says `YOUR CODE HERE` or `YOUR ANSWER HERE`. Below each task is
 # a cell of tests: run it, and it says what is wrong. (There are more tests when the lab is graded.)
 
 # %% nbgrader={"grade_id": "setup", "locked": true}
@@ -1048,7 +1048,7 @@ plt.show()
 # batch of 1000, with `npnet.hessian_vector_product`, with and without checkpoints:
 
 # %% nbgrader={"grade_id": "measure_costs", "locked": true}
-batch, sizes = (100 if labs.grading() else 1000), [64] * 22 + [10]
+batch, sizes = (100 if labs.grading() else 1000), [64] * 21 + [10]
 deep = npnet.mlp(sizes, "tanh", rng=5)
 rng = np.random.default_rng(6)
 rows, targets = rng.normal(size=(batch, 64)), rng.normal(size=(batch, 10))
@@ -1076,7 +1076,7 @@ figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
 plots.plot_bars(
     {name: peak / 1e6 for name, peak in peaks.items()},
     ax,
-    title=f"peak memory, 21 layers of 64, batch {batch}",
+    title=f"peak memory, 20 hidden layers of 64, batch {batch}",
     ylabel="MB",
     labels=[f"{peak / peaks['g, plain']:.2f}" for peak in peaks.values()],
 )
@@ -1103,7 +1103,7 @@ print(
 
 # %% [markdown] nbgrader={"grade_id": "question_cost", "grade": true, "points": 2, "solution": true}
 # ### BEGIN SOLUTION
-# One product a column: as many as parameters, 88,010, and $4 n^2$ bytes, 31 GB in float32. With $10^9$ parameters $10^9$ products and
+# One product a column: as many as parameters, 83,850, and $4 n^2$ bytes, 28 GB in float32. With $10^9$ parameters $10^9$ products and
 # $4 \cdot 10^{18}$ bytes, 4 exabytes.
 # The recomputation runs the same layers on the same numbers, values and tangents, in the same order. A tangent is one more array at each activation, and is
 # dropped and recomputed with it.
