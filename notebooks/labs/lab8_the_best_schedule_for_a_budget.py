@@ -18,7 +18,7 @@
 # | 5 A real network | nothing: you watch; a question | 2 |
 # | 6 The challenge | a schedule that beats the dynamic program; a question | 2 + 1 + 2 + 2 |
 #
-# It takes about an hour. Write where it says `YOUR CODE HERE` or `YOUR ANSWER HERE`. Below each task is
+# It takes a good hour. Write where it says `YOUR CODE HERE` or `YOUR ANSWER HERE`. Below each task is
 # a cell of tests: run it, and it says what is wrong. (There are more tests when the lab is graded.)
 
 # %% nbgrader={"grade_id": "setup", "locked": true}
@@ -195,7 +195,8 @@ play("F1 F2 D1 F3 F4 B4 B3 F1 B2 B1", uniform(4))
 # * 2 more if no schedule recomputes less. (The test tells you how many suffice.)
 #
 # Write the moves into the text, and run the cell again and again; it tells which move fails. Two things to
-# think about: what does the way up leave behind? And what can be done with $a_4$ *before* it is needed?
+# think about: which two activations does the way up leave behind, besides $a_7$? And when all is done above one
+# of them, what does the game look like that remains?
 
 
 # %% nbgrader={"grade_id": "by_hand", "solution": true}
@@ -268,7 +269,7 @@ labs.check_calls(
     "recomputed forwards",
     name="by_hand",
     mistakes={
-        "nearly. How often do you run layers 1 and 2? Which of a_5 and a_6 is worth keeping on the way up": 6,
+        "nearly. On the way up there is room for two others besides a_7: leave another pair behind": 6,
         "you run up from a_0 for nearly every layer. Keep a checkpoint in the middle": 11,
     },
 )
@@ -414,7 +415,7 @@ back = "The part below has all slots again: the checkpoint behind it is not need
 less = "To the checkpoint behind layer k, k layers are run, not k - 1"
 check_fewest_forwards(1, 3)
 check_fewest_forwards(5, 1)
-check_fewest_forwards(2, 2)
+check_fewest_forwards(2, 2, {less: 0})
 check_fewest_forwards(7, 3, {free: 6, less: 4})
 check_fewest_forwards(12, 3, {free: 11, back: 23, less: 14})
 ### BEGIN HIDDEN TESTS
@@ -502,6 +503,33 @@ plt.show()
 # 2. *The part above* is the problem $(k+1, t, \cdot)$. Its input $a_k$ is held, and it is you who pays.
 # 3. *The part below* is $(s, k, \cdot)$. The gradient has arrived at $a_k$, and $a_k$ is there, waiting. Who pays now?
 #
+# Here is a small chain to try things on, with what `T(1, 6, m)` should be for some budgets $m$.
+
+# %% nbgrader={"grade_id": "small_chain", "locked": true}
+small = Costs(
+    activation=[0, 1, 5, 4, 4, 3, 1],
+    waiting=[0, 2, 6, 5, 5, 6, 0],
+    backward=[0, 2, 7, 8, 6, 7, 6],
+    forward=[0, 7, 8, 2, 1, 3, 2],
+)
+for name, values in small._asdict().items():
+    print(f"{name:<12}", *[f"{value:>3}" for value in values])
+
+
+def by_npnet(costs, budget):
+    """The least time of all forwards, as npnet's planner finds it."""
+    sizes, depth = costs.activation, len(costs.activation) - 1
+    gradient = [waits - size for waits, size in zip(costs.waiting[:-1], sizes, strict=False)] + [0]
+    rest = [all_ - a - g for all_, a, g in zip(costs.backward, sizes, gradient, strict=True)]
+    nothing = [0] * (depth + 1)
+    chain = Chain(sizes, nothing, gradient, nothing, rest, nothing, True, costs.forward, nothing)
+    return float(Optimum(chain, budget).costs[-1])
+
+
+print("\nbudget      ", *[f"{budget:>5}" for budget in (12, 14, 16, 18, 20, 23)])
+print("T(1, 6, m)  ", *[f"{by_npnet(small, budget):>5g}" for budget in (12, 14, 16, 18, 20, 23)])
+
+# %% [markdown]
 # ### Task 4: the dynamic program (4 points)
 #
 # Write `cheapest(costs, s, t, m, table)`: $T(s, t, m)$. The dictionary `table` is your memory: put
@@ -545,18 +573,6 @@ def fewest_forwards(layers, slots):
 
 
 ### END HIDDEN TESTS
-def by_npnet(costs, budget):
-    """The least time of all forwards, as npnet's planner finds it."""
-    sizes, depth = costs.activation, len(costs.activation) - 1
-    gradient = [
-        waiting - size for waiting, size in zip(costs.waiting[:-1], sizes, strict=False)
-    ] + [0]
-    rest = [all_ - a - g for all_, a, g in zip(costs.backward, sizes, gradient, strict=True)]
-    nothing = [0] * (depth + 1)
-    chain = Chain(sizes, nothing, gradient, nothing, rest, nothing, True, costs.forward, nothing)
-    return float(Optimum(chain, budget).costs[-1])
-
-
 def check_cheapest(costs, budget, mistakes=()):
     table, depth = {}, len(costs.activation) - 1
     name = f"{depth} layers with A = {costs.activation[1:]}, budget {budget}: cheapest(costs, 1, {depth}, {budget}, {{}})"
@@ -584,14 +600,12 @@ twice = "You pay for a_k twice in the part below: there it is what waits at k, a
 
 check_cheapest(simple([5], [3]), 5)
 check_cheapest(simple([5], [3]), 4)  # infinite
-check_cheapest(simple([2, 2], [3, 4]), 4)
+check_cheapest(simple([2, 2], [3, 4]), 4, {leaf: 10})
+check_cheapest(small, 18, {leaf: 52, unheard: 28, off: 10, unpaid: 23, twice: 38})
+for budget in (6, 12, 14, 16, 20, 30):
+    check_cheapest(small, budget)
 for budget in (3, 4, 7):
     check_cheapest(uniform(7), budget)
-sizes, waits = [0, 1, 5, 4, 4, 3, 1], [0, 2, 6, 5, 5, 6, 0]
-small = Costs(sizes, waits, [0, 2, 7, 8, 6, 7, 6], [0, 7, 8, 2, 1, 3, 2])
-check_cheapest(small, 18, {leaf: 52, unheard: 28, off: 10, unpaid: 23, twice: 38})
-for budget in (6, 10, 14, 16, 20, 30):
-    check_cheapest(small, budget)
 ### BEGIN HIDDEN TESTS
 sizes, waits = [0, 2, 6, 3, 3, 4, 6, 3], [0, 3, 9, 6, 5, 5, 7, 0]
 larger = Costs(sizes, waits, [0, 5, 10, 10, 10, 9, 9, 6], [0, 9, 9, 9, 1, 3, 8, 2])
@@ -700,6 +714,8 @@ def check_actions_of(costs, budget):
     try:
         schedule = Schedule(actions, depth)
     except InvalidSchedule as error:
+        if "is held already" in str(error):
+            hint = ". Did you drop it on the way up? Only a_k stays"
         raise AssertionError(f"{name}: {error}{hint}") from None
     most, again = price(schedule, costs)
     words = f"{name}: at some moment {most} bytes are held: which activation do you not drop"
@@ -727,8 +743,7 @@ print("actions_of: right. Seven layers, three activations, as your program plays
 print(best_schedule(uniform(7), 3))
 
 # %% [markdown]
-# With equal layers, your program is now what revolve could not be. Where there is memory for all, it recomputes
-# nothing; where there is little, it needs less than either of the others. Here are 30 layers:
+# Now your program against the others, on 30 equal layers:
 
 # %% nbgrader={"grade_id": "draw_three", "locked": true}
 depth, table = 30, {}
@@ -745,17 +760,24 @@ ax.set(
     xlabel="activations held at most",
     ylabel="recomputed forwards",
 )
-ax.set(xlim=(0, depth + 1), ylim=(-4, 4 * depth))
+ax.set(xlim=(0, depth + 1), ylim=(-6, 200))
 ax.legend()
 plt.show()
-print("budget:    ", *[f"{m:>4}" for m in list(budgets)[:12]])
-print("recomputed:", *[f"{again:>4}" for again in optimal[:12]])
+most = {"revolve": dict(binomial), "every n": {}, "yours": dict(zip(budgets, optimal, strict=True))}
+for held, again in every:
+    most["every n"][held] = min(again, most["every n"].get(held, math.inf))
+print("activations ", *[f"{m:>4}" for m in range(3, 17)])
+for name, found in most.items():
+    print(f"{name:<12}", *[f"{found.get(m, '-'):>4}" for m in range(3, 17)])
 print(f"problems solved for all {len(budgets)} budgets together: {len(table):,}")
 
 # %% [markdown]
+# Where there is memory for all, it recomputes nothing. From 4 activations on, nobody needs less; only some of "every n"
+# are as good. But look at the **left end**: with 3 activations, revolve takes 126 forwards, and your "best" schedule 183!
+#
 # ### Is it really the best?
 #
-# You have seen `search`, which tries everything that the rules allow. It knows no recursion, no checkpoints
+# Something is better at times, then. You have seen `search`, which tries everything that the rules allow. It knows no recursion, no checkpoints
 # and no parts. Let it have a go at random chains of up to 7 layers, with random budgets.
 
 # %% nbgrader={"grade_id": "compare_with_search", "locked": true}
@@ -786,7 +808,9 @@ for words, count in tally.items():
 # Mostly both are alike. But at times the search is cheaper, or finds a schedule where your program finds none!
 # Your program is not wrong: the test compared it with npnet's, which is proven. But *what* is proven has an
 # adjective in it: optimal among **memory-persistent** schedules, in which a checkpoint, once kept, stays until its
-# own backward pass is done. Remember that. In part 6 you will make use of it.
+# own backward pass is done. Revolve is not like that: it drops $a_k$ when all above it is done, before its own
+# backward pass, and so has more room below. With very little memory that is worth the time to compute $a_k$ again.
+# Remember that: in part 6 you will make use of it.
 #
 # ## 5 A real network
 #
@@ -1042,7 +1066,7 @@ print(f"Nothing at all takes less than {search(encoder, encoder_budget)} ms.")
 # * Every $\sqrt L$ layers is the best *single* level of equal checkpoints. With levels within levels, memory grows
 #   like $\log L$, time like $L \log L$.
 # * $c$ slots and $r$ repeats reverse $\binom{c+r}{c}$ equal layers: revolve. Where the output of a layer suffices for its
-#   backward pass, one can do with less than revolve.
+#   backward pass, one can mostly do with less than revolve.
 # * The best schedule consists of the best schedules of its two parts: the one above the first checkpoint, which pays for
 #   it, and the one below, for which it waits. That is a dynamic program, exact to the byte.
 # * From one table come the least memory, the whole trade-off curve, and each schedule on it.

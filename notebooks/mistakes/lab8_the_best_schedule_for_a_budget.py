@@ -6,12 +6,12 @@ LONGEST, FEWEST, CHEAPEST, ACTIONS = "longest_chain", "fewest_forwards", "cheape
 
 MISTAKES = [
     Mistake(
-        "a checkpoint too low",
+        "a checkpoint too high",
         "by_hand",
         "test_by_hand_fewest",
         "    F1 F2 D1 F3 D2 F4 D3\n    F5 F6 D5 F7 B7\n    F5 B6 B5\n    F1 F2 D1 F3 B4 B3\n    F1 B2 B1\n",
-        "    F1 F2 D1 F3 D2\n    F4 F5 D4 F6 D5 F7 B7\n    F4 F5 D4 B6\n    F4 B5 B4\n    F1 F2 B3 B2 B1\n",
-        "recomputed forwards, 5 suffice",
+        "    F1 F2 D1 F3 D2 F4 D3 F5 D4 F6 F7 B7 B6\n    F1 F2 D1 F3 D2 F4 B5 B4\n    F1 F2 B3 B2 B1\n",
+        "leave another pair behind: 6 recomputed forwards, 5 suffice",
     ),
     Mistake(
         "the base of one slot",
@@ -107,7 +107,7 @@ MISTAKES = [
         "test_actions_of",
         "run += [(FORWARD, layer), (DROP, layer - 1)]",
         "run += [(FORWARD, layer)]",
-        "a_5 is held already",
+        "is held already. Did you drop it on the way up? Only a_k stays",
     ),
     Mistake(
         "the output not run",
