@@ -918,7 +918,8 @@ def timeline(budget):
 labs.slider(timeline, megabytes, "budget (MB)", value=megabytes[3])
 
 # %% [markdown]
-# And the same schedule, played action by action: above, what is in memory; below, the bytes alive until then.
+# And the same schedule, played action by action: above, what is in memory; below, the bytes alive until then. (It
+# takes some seconds to draw.)
 
 # %% nbgrader={"grade_id": "animate", "locked": true}
 chosen = npnet.plan(network, batch, memory_budget=int(megabytes[3] * 1e6))
@@ -948,6 +949,20 @@ for name, each in networks.items():
     print(f"{name:>6}: predicted {format_bytes(predicted)}, measured {format_bytes(measured)}")
 assert all(map(np.array_equal, networks["plain"].weights, networks["yours"].weights))
 print("After the step, all weights are the same, bit for bit.")
+
+# %% [markdown]
+# The list can also be *recorded*. `npnet.CapturedStep` runs a step once on stand-ins, notes each NumPy call, and packs
+# all arrays into one block of memory, the arena: two arrays share a place if they never live at the same time. Then
+# it is your schedule that decides how large the arena has to be.
+
+# %% nbgrader={"grade_id": "capture_it", "locked": true}
+model = npnet.mlp(widths, "sigmoid", rng=0, dtype=np.float64)
+for name, each in {"plain": "none", "yours": schedule}.items():
+    captured = npnet.CapturedStep(model, npnet.MeanSquaredError(), npnet.SGD(0.1), each)
+    captured(x, x)
+    print(
+        f"{name:>6}: an arena of {format_bytes(captured.arena_bytes)}, {captured.calls} NumPy calls"
+    )
 
 # %% [markdown]
 # ### Question 2 (2 points)
