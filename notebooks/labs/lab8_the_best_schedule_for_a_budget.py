@@ -63,7 +63,7 @@ depth = 1000
 print(f"{depth} layers\nlevels   activations held   forward passes more")
 levels = range(1, 11)
 for k in levels:
-    print(f"{k:>6}{k * depth ** (1 / k):>19.0f}{k - 1:>22}")
+    print(f"{k:>6}{k * depth ** (1 / k):>19.1f}{k - 1:>22}")
 figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
 ax.semilogy(levels, [k * depth ** (1 / k) for k in levels], "o-", label=r"$k\,L^{1/k}$")
 ax.annotate(
