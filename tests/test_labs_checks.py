@@ -1,5 +1,6 @@
 """What the labs' tests say: each mistake is named, and nothing is said where all is right."""
 
+import math
 import sys
 
 import numpy as np
@@ -181,6 +182,13 @@ def test_errors_are_told_in_a_sentence():
         {}[3]
 
 
+def test_numbers_may_be_infinite():
+    labs.check_number(math.inf, math.inf, "n")
+    assert message(labs.check_number, math.inf, 12, "n") == "n: you say inf, it is 12"
+    assert message(labs.check_number, 12, math.inf, "n") == "n: you say 12, it is inf"
+    assert message(labs.check_number, math.nan, 12, "n") == "n: you say nan, it is 12"
+
+
 class Screen:
     """IPython's display, and what was shown."""
 
@@ -193,6 +201,8 @@ class Screen:
     @staticmethod
     def Image(data):  # noqa: N802 - IPython's name
         return data
+
+    HTML = Image
 
 
 class Widgets:
@@ -238,3 +248,23 @@ def test_a_slider_slides(screen, monkeypatch):
     picture, chooser, output = screen.shown
     assert picture.startswith(b"\x89PNG")
     assert (chooser["options"], chooser["value"], output) == ([1, 2, 4], 1, "output")
+
+
+class Animation:
+    """An animation, as far as a page goes."""
+
+    def to_jshtml(self, default_mode):
+        return f"<p>{default_mode}</p>"
+
+
+@pytest.mark.parametrize("why", ["NPNET_STATIC", "NBGRADER_EXECUTION"])
+def test_an_animation_is_a_picture_where_nobody_plays_it(screen, monkeypatch, why):
+    monkeypatch.setenv(why, "autograde")
+    labs.play(Animation, lambda: bars(2))
+    (picture,) = screen.shown
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_an_animation_is_played(screen):
+    labs.play(Animation, lambda: bars(2))
+    assert screen.shown == ["<p>once</p>"]
