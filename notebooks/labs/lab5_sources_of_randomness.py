@@ -786,36 +786,37 @@ for rows in (1, 2, 4, 16, 64, 256):
 
 
 # %% nbgrader={"grade_id": "measure_one_bit", "locked": true}
-def weights_by_step(steps, dtype, learning_rate, nudge, seed=0, unit=0):
-    """All weights after each step, (steps, weights); and the loss of all patients in the end."""
-    model, loss, optimizer = (
-        npnet.mlp([8, 32, 32, 1], "tanh", dtype=dtype, rng=seed),
-        npnet.BCEWithLogits(),
-        None,
-    )
-    if nudge:
+def train_for(steps, dtype, learning_rate, seed=0, nudged=None, watch=None):
+    """The training loss of all patients at the end. Unit ``nudged`` has one weight that is larger by a bit.
+
+    ``watch`` is called with all weights after each step.
+    """
+    model = npnet.mlp([8, 32, 32, 1], "tanh", dtype=dtype, rng=seed)
+    if nudged is not None:
         w = model.layers[0].weight.value
-        w[unit % 32, unit % 8] = np.nextafter(w[unit % 32, unit % 8], dtype(np.inf))
-    optimizer, rng, history = npnet.SGD(learning_rate, 0.9), np.random.default_rng(seed), []
+        w[nudged, 0] = np.nextafter(w[nudged, 0], dtype(np.inf))
+    loss, rng = npnet.BCEWithLogits(), np.random.default_rng(seed)
+    step = npnet.CapturedStep(model, loss, npnet.SGD(learning_rate, 0.9), "none")
     x, y = patients.astype(dtype), diabetes.astype(dtype)
     for _ in range(steps):
         rows = rng.integers(len(x), size=64)
-        npnet.add_gradients(model, loss, x[rows], y[rows])
-        optimizer.step(model.parameters())
-        history.append(np.concatenate([p.value.ravel() for p in model.parameters()]))
-    return np.array(history), float(loss(model.predict(x), y))
+        step(x[rows], y[rows])
+        if watch is not None:
+            watch(np.concatenate([parameter.value.ravel() for parameter in model.parameters()]))
+    return float(loss(model.predict(x), y))
 
 
-steps, few = (20, 2) if labs.grading() else (800, 12)
+steps, few = (20, 2) if labs.grading() else (700, 10)
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", width_ratios=[3, 2])
 for dtype, learning_rate, style in [
     (np.float32, 0.5, "C1-"),
     (np.float64, 0.5, "C0-"),
     (np.float32, 0.05, "C1:"),
 ]:
-    one, _ = weights_by_step(steps, dtype, learning_rate, nudge=False)
-    two, _ = weights_by_step(steps, dtype, learning_rate, nudge=True)
-    distances = np.linalg.norm(two - one, axis=1) / np.linalg.norm(one, axis=1)
+    one, two = [], []
+    train_for(steps, dtype, learning_rate, watch=one.append)
+    train_for(steps, dtype, learning_rate, nudged=0, watch=two.append)
+    distances = np.linalg.norm(np.subtract(two, one), axis=1) / np.linalg.norm(one, axis=1)
     name = f"{np.dtype(dtype)}, learning rate {learning_rate}"
     axes[0].semilogy(range(1, steps + 1), distances, style, label=name)
     print(f"{name:<30} after the first step {distances[0]:.1e}, after the last {distances[-1]:.1e}")
@@ -824,20 +825,14 @@ axes[0].set(
 )
 axes[0].legend(loc="upper left", fontsize=8)
 
-ends = {
-    "other bit,\nrate 0.5": [
-        weights_by_step(steps, np.float32, 0.5, True, unit=u)[1] for u in range(few)
-    ],
-    "other seed,\nrate 0.5": [
-        weights_by_step(steps, np.float32, 0.5, False, seed=s)[1] for s in range(few)
-    ],
-    "other bit,\nrate 0.05": [
-        weights_by_step(steps, np.float32, 0.05, True, unit=u)[1] for u in range(few)
-    ],
-    "other seed,\nrate 0.05": [
-        weights_by_step(steps, np.float32, 0.05, False, seed=s)[1] for s in range(few)
-    ],
-}
+ends = {}
+for rate in (0.5, 0.05):
+    ends[f"other bit,\nrate {rate}"] = [
+        train_for(steps, np.float32, rate, nudged=i) for i in range(few)
+    ]
+    ends[f"other seed,\nrate {rate}"] = [
+        train_for(steps, np.float32, rate, seed=i) for i in range(few)
+    ]
 for i, (name, values) in enumerate(ends.items()):
     axes[1].plot([i] * few, values, "o", alpha=0.5, color="C1" if "bit" in name else "C2")
 axes[1].set_xticks(range(4), ends, fontsize=8)
@@ -846,7 +841,7 @@ plt.show()
 
 # %% [markdown]
 # With the large learning rate the training is *chaotic*: the difference grows exponentially, until the two have nothing to
-# do with each other. float64 begins eight decimal digits lower, and gets there all the same, later. With the small learning
+# do with each other. float64 begins nine decimal digits lower, and gets there all the same, later. With the small learning
 # rate the difference stays where it is. So "only rounding errors" may be the whole difference between two results; and a
 # bit, then, is as good as another seed (right picture). It is a reason to want the same bits when one is looking for a
 # mistake, and a reason not to believe a result that was seen with one seed.
