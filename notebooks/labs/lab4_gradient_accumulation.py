@@ -33,6 +33,27 @@ from npnet.memory import format_bytes
 patients, diabetes = npnet.load_diabetes(standardize=True)
 print(f"patients: {patients.shape}, {patients.dtype}; diabetes: {diabetes.shape}, 0 or 1")
 
+
+# %% nbgrader={"grade_id": "helpers", "locked": true}
+# What the tests and the pictures need. There is no need to read it.
+def a_batch(samples, inputs=5, outputs=3, seed=0):
+    """A small classification problem: rows x, (samples, inputs), and one-hot labels, (samples, outputs)."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(samples, inputs))
+    return x, npnet.one_hot(rng.integers(outputs, size=samples), outputs)
+
+
+def cut(x, y, sizes):
+    """The rows in micro-batches of these sizes."""
+    ends = np.cumsum(sizes)
+    return [(x[end - n : end], y[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
+
+
+def gradient_of(model, loss, x, y):
+    """The gradients of the mean loss of these rows, by npnet: {name of the parameter: array}."""
+    return npnet.value_and_grad(copy.deepcopy(model), loss, x, y)[1]
+
+
 # %% [markdown]
 # ## 1 Why the loss is scaled
 #
@@ -42,8 +63,8 @@ print(f"patients: {patients.shape}, {patients.dtype}; diabetes: {diabetes.shape}
 #
 # Cut the batch into $K$ micro-batches of $N_1, \dots, N_K$ samples. What a backward pass gives for the
 # $k$-th of them is the gradient of *its own* mean, $\nabla L_k = \frac{1}{N_k}\sum \nabla\ell_i$. And a
-# backward pass **adds** to the gradients that are there. So whatever is done last, what stands in the
-# parameters after $K$ passes is a sum of $K$ means.
+# backward pass **adds** to the gradients that are there: after $K$ of them the parameters hold the sum
+# of $K$ means. That is not the mean of all, unless something is done about it.
 #
 # ### Task 1: from the gradients of the parts to that of the whole (3 points)
 #
@@ -71,24 +92,6 @@ def combine(gradients, sizes):
 
 
 # %% nbgrader={"grade_id": "test_combine", "grade": true, "points": 3}
-def a_batch(samples, inputs=5, outputs=3, seed=0):
-    """A small classification problem: rows x, (samples, inputs), and one-hot labels, (samples, outputs)."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(samples, inputs))
-    return x, npnet.one_hot(rng.integers(outputs, size=samples), outputs)
-
-
-def cut(x, y, sizes):
-    """The rows in micro-batches of these sizes."""
-    ends = np.cumsum(sizes)
-    return [(x[end - n : end], y[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
-
-
-def gradient_of(model, loss, x, y):
-    """The gradients of the mean loss of these rows, by npnet: {name of the parameter: array}."""
-    return npnet.value_and_grad(copy.deepcopy(model), loss, x, y)[1]
-
-
 def check_combine(sizes):
     model, loss = npnet.mlp([5, 4, 3], "tanh", rng=1, dtype=np.float64), npnet.SoftmaxCrossEntropy()
     x, y = a_batch(sum(sizes))
@@ -125,8 +128,8 @@ print("combine: right")
 # have different numbers of tokens, each micro-batch took the mean over its own tokens, and then all
 # counted the same.
 #
-# Here is what happens to the training when the factor is forgotten. All three runs see the same samples in the
-# same order, and do the same number of updates:
+# Here is what happens to the training when the factor is forgotten, with two optimizers. All four runs begin with the
+# same weights, and see the same samples in the same order:
 
 # %% nbgrader={"grade_id": "look_at_scaling", "locked": true}
 updates, learning_rate = 30, 1.0
@@ -197,7 +200,8 @@ plt.show()
 # a disk, one by one). That is why you are told the number of `samples`.
 #
 # Two tests follow. The second measures the memory: eight micro-batches should need what one needs. Ask
-# yourself, when the second one runs forward, which names still hold something of the first.
+# yourself, when the second one runs forward, which names still hold something of the first. (`del name` makes a
+# name let go.)
 
 
 # %% nbgrader={"grade_id": "accumulate", "solution": true}
@@ -331,12 +335,14 @@ def check_accumulate_peak(depth, rows, count, width=32):
     return one, all_
 
 
-one, all_ = check_accumulate_peak(depth=8, rows=400, count=8)
+peak_of_one, peak_of_eight = check_accumulate_peak(depth=8, rows=400, count=8)
 check_accumulate_peak(depth=5, rows=600, count=4)
 ### BEGIN HIDDEN TESTS
 check_accumulate_peak(depth=12, rows=300, count=6)
 ### END HIDDEN TESTS
-print(f"one micro-batch of 400: {format_bytes(one)}; eight of them: {format_bytes(all_)}")
+print(
+    f"one micro-batch of 400: {format_bytes(peak_of_one)}; eight of them: {format_bytes(peak_of_eight)}"
+)
 
 # %% [markdown]
 # ### Equal, but not bit for bit
@@ -421,13 +427,14 @@ def accumulate(model, loss, micro_batches, samples):
 
 ### END HIDDEN TESTS
 class Recording(npnet.SoftmaxCrossEntropy):
-    """The loss, with a note of how many rows each micro-batch had, and "update" for each update."""
+    """The loss, with a note of how many rows each micro-batch had, and "update" for each update; and all targets."""
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.targets = [], []
 
     def value_and_gradient(self, output, target):
         self.rows.append(len(output))
+        self.targets.append(target)
         return super().value_and_gradient(output, target)
 
 
@@ -443,8 +450,11 @@ class RecordingSGD(npnet.SGD):
         super().step(parameters)
 
 
-def trained(windows, x, y, batch_size, samples=None):
-    """The weights after an update for each window (numbers of samples), by npnet; ``samples``: divided by these."""
+def trained(windows, x, y, batch_size, samples=None, last_only=False):
+    """The weights after an update for each window (numbers of samples), by npnet.
+
+    Wrong ones: divided by ``samples``; or from the last micro-batch of each window alone.
+    """
     model, loss, end = (
         npnet.mlp([5, 4, 3], "tanh", rng=1, dtype=np.float64),
         npnet.SoftmaxCrossEntropy(),
@@ -453,7 +463,9 @@ def trained(windows, x, y, batch_size, samples=None):
     values = []
     for window in windows:
         rows = slice(end, end + window)
-        share = window / (samples or window)
+        if last_only:
+            rows = slice(end + (window - 1) // batch_size * batch_size, end + window)
+        share = len(x[rows]) / (samples or window)
         values.append(npnet.add_gradients(model, loss, x[rows], y[rows], weight=share))
         npnet.SGD(0.5).step(model.parameters())
         end += window
@@ -478,11 +490,19 @@ def check_train_epoch(samples, batch_size, count):
         f"the partial window at the end, {left} samples, is not used for an update": len(windows)
         - bool(left),
         "you update after every micro-batch": len(micro),
+        "optimizer.step is never called": 0,
+        "the index counts from 0: the first update comes after a single micro-batch": len(
+            {*range(0, len(micro), count), len(micro) - 1}
+        ),
     }
     labs.check_calls(updates, len(windows), "updates", mistakes, name=call)
     assert rows == micro, (
         f"{call}: the micro-batches that ran had {rows} rows, expected {micro}: every sample is used once, the last "
         "micro-batch may be smaller"
+    )
+    in_order = np.array_equal(np.concatenate(loss.targets), y)
+    assert in_order, (
+        f"{call}: the samples do not come in their order (npnet.batches shuffles, but for shuffle=False)"
     )
     at, expected = [], []  # after how many micro-batches the updates come
     for i, each in enumerate(loss.rows):
@@ -500,10 +520,13 @@ def check_train_epoch(samples, batch_size, count):
 
     right, values = trained(windows, x, y, batch_size)
     whole = trained(windows, x, y, batch_size, samples=batch_size * count)[0]
+    last = trained(windows, x, y, batch_size, last_only=True)[0]
+    shared = "is accumulate called for each micro-batch? It forgets what was there before: call it once a window"
     for name, parameter in model.named_parameters().items():
         mistakes = {
             f"the partial window of {left} samples was divided by the full window's {batch_size * count}: "
             "its step is too short": whole[name],
+            f"only the last micro-batch of each window is in the update: {shared}": last[name],
         }
         labs.check_array(
             parameter.value, right[name], f"{call}: {name} afterwards", mistakes=mistakes
@@ -557,7 +580,7 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The first three differ behind the 13th digit. The fourth is another training: three times as many updates an
+# The first three differ, if at all, in the last digits. The fourth is another training: three times as many updates an
 # epoch, each from a noisier gradient. That is what an *effective batch size* of 512 means: 128 rows in memory, 512
 # in the update.
 #
@@ -727,6 +750,11 @@ def check_steps(samples, budget, fixed, each):
         f"{call}: you say {got}, but a single row takes {fixed + each} bytes: raise a ValueError"
     )
     mistakes = {}
+    if right is not None:
+        rows = max(m for m in range(1, 2 * samples) if fixed + each * m <= budget)
+        mistakes[
+            "So many rows may a micro-batch have; asked is how many micro-batches there are"
+        ] = rows
     free = budget // each
     if free:
         mistakes["You leave out the fixed bytes: they are there whatever the micro-batch"] = -(
