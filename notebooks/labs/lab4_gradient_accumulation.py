@@ -132,7 +132,7 @@ print("combine: right")
 # same weights, and see the same samples in the same order:
 
 # %% nbgrader={"grade_id": "look_at_scaling", "locked": true}
-updates, learning_rate = 30, 1.0
+updates, learning_rate = 3 if labs.grading() else 30, 1.0
 loss = npnet.BCEWithLogits()
 
 
@@ -602,7 +602,7 @@ def flat_gradient(rows):
 
 
 g = flat_gradient(slice(None))
-samples, trials = len(patients), 3 if labs.grading() else 40
+samples, trials = len(patients), 1 if labs.grading() else 40
 sigma = np.sqrt(np.mean([((flat_gradient([i]) - g) ** 2).sum() for i in range(samples)]))
 windows = [8, 16, 32, 64, 128, 256, 512, 700]
 measured = [
@@ -674,13 +674,16 @@ def memory_by_iteration(batch_size, accumulation_steps):
     return peaks
 
 
+iterations = {
+    "2048 at once": (2048, 1, "s-"),
+    "512, an update every 4": (512, 4, "o-"),
+    "256, an update every 8": (256, 8, "o-"),
+    "256, an update each": (256, 1, "k."),
+}
+if labs.grading():
+    iterations = {"2048 at once": (2048, 1, "s-")}
 figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-for (batch_size, steps, style), name in {
-    (2048, 1, "s-"): "2048 at once",
-    (512, 4, "o-"): "512, an update every 4",
-    (256, 8, "o-"): "256, an update every 8",
-    (256, 1, "k."): "256, an update each",
-}.items():
+for name, (batch_size, steps, style) in iterations.items():
     peaks = memory_by_iteration(batch_size, steps)
     seen = batch_size * np.arange(1, len(peaks) + 1)
     ax.plot(seen, np.array(peaks) / 1e6, style, label=name, markersize=4)
@@ -810,14 +813,14 @@ def window_peak(count, n=0, samples=2048):
 
 
 figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-counts = [2, 8] if labs.grading() else [1, 2, 4, 8, 16, 32, 64, 128]
+counts = [4] if labs.grading() else [1, 2, 4, 8, 16, 32, 64, 128]
 gradient_bytes = sum(parameter.value.nbytes for parameter in deep.parameters())
 for n, name, color in [(0, "without checkpoints", "C0"), (3, "a checkpoint every 3", "C1")]:
     few, more = window_peak(16, n), window_peak(8, n)  # micro-batches of 128 and 256
     each = (more - few) // 128
     fixed = few - 128 * each
     print(f"{name}: {format_bytes(fixed)} and {format_bytes(each)} a sample")
-    for budget in (4_000_000, 2_000_000, 1_000_000):
+    for budget in (4_000_000, 2_000_000, 1_000_000)[: 1 if labs.grading() else 3]:
         count = accumulation_steps_for(2048, budget * 98 // 100, fixed, each)
         print(
             f"    budget {format_bytes(budget)}: {count:>3} micro-batches, measured {format_bytes(window_peak(count, n))}"
