@@ -117,7 +117,10 @@ def check_number(
 
     if close(right):
         return
-    reason = f"you say {_plain(got)}, it is {_plain(right)}"
+    said, truth = _plain(got), _plain(right)
+    if said == truth:  # they differ behind the digits that are printed
+        said, truth = repr(float(got)), repr(float(right))
+    reason = f"you say {said}, it is {truth}"
     for words, wrong in (mistakes or {}).items():
         if close(wrong):
             _fail_if(f"{reason}. {words}", name)

@@ -132,6 +132,11 @@ def test_right_numbers():
     labs.check_number(1.0001, 1, "n", tolerance=1e-3)
 
 
+def test_numbers_that_differ_are_not_printed_alike():
+    said = message(labs.check_number, 2.0**24, 2.0**24 + 4, "the sum")
+    assert said == "the sum: you say 16777216.0, it is 16777220.0"
+
+
 def test_changes_are_noticed():
     x, others = A.copy(), [B.copy(), C.copy()]
     with labs.unchanged(x=x, others=others):

@@ -1,0 +1,121 @@
+"""Typical mistakes in lab 5."""
+
+from notebooks.mistake import Mistake
+
+TRAINING = "careful_training"
+
+MISTAKES = [
+    Mistake(
+        "NumPy not seeded",
+        "seed_everything",
+        "test_seed_everything",
+        "    np.random.seed(seed)\n",
+        "",
+        "NumPy's global stream: after seed_everything(123), twice, it gives",
+    ),
+    Mistake(
+        "a fixed seed",
+        "seed_everything",
+        "test_seed_everything",
+        "random.seed(seed)\n    np.random",
+        "random.seed(0)\n    np.random",
+        "Python's random: seeds 123 and 124 give the same: is a fixed number in the place of the seed?",
+    ),
+    Mistake(
+        "hash seed no string",
+        "seed_everything",
+        "test_seed_everything",
+        "str(seed)",
+        "seed",
+        "seed_everything(123) stopped with TypeError: str expected, not int",
+    ),
+    Mistake(
+        "hash of a name",
+        "stream",
+        "test_stream",
+        "zlib.crc32(name.encode())",
+        "hash(name) % 2**32",
+        "hash() of a string or of bytes is another number in every process",
+    ),
+    Mistake(
+        "seed and epoch added",
+        "stream",
+        "test_stream",
+        "[seed, zlib.crc32(name.encode()), epoch]",
+        "[seed + epoch, zlib.crc32(name.encode())]",
+        "are the same stream: seed and epoch are added up",
+    ),
+    Mistake(
+        "global stream seeded",
+        "stream",
+        "test_stream",
+        "return np.random",
+        "np.random.seed(seed)\n    return np.random",
+        "changes a global stream, which others draw from",
+    ),
+    Mistake(
+        "printed array",
+        "fingerprint",
+        "test_fingerprint",
+        "array.tobytes()",
+        "str(array).encode()",
+        "str and repr of a large array leave out its middle",
+    ),
+    Mistake(
+        "shape left out",
+        "fingerprint",
+        "test_fingerprint",
+        "{array.dtype} {array.shape} ",
+        "{array.dtype} ",
+        "the shape is another, with the same numbers, and the fingerprint stays the same",
+    ),
+    Mistake(
+        "rounded",
+        "fingerprint",
+        "test_fingerprint",
+        "array.tobytes()",
+        "np.round(array, 6).tobytes()",
+        "one number differs in its last bit",
+    ),
+    Mistake(
+        "np.sum for left to right",
+        "sums",
+        "test_sum_in_pieces",
+        "np.cumsum(piece)[-1] for",
+        "np.sum(piece) for",
+        "which adds in pairs, not from left to right",
+    ),
+    Mistake(
+        "higher precision instead of an order",
+        "sums",
+        "test_sum_in_any_order",
+        "math.fsum(x)",
+        "x.astype(np.float64).sum()",
+        "A higher precision makes that smaller and rarer",
+    ),
+    Mistake(
+        "files in any order",
+        TRAINING,
+        "test_careful_training",
+        "sorted(read_folder())",
+        "read_folder()",
+        "the order of the files is that of read_folder, which promises none",
+    ),
+    Mistake(
+        "only NumPy seeded",
+        TRAINING,
+        "test_careful_training",
+        "npnet.set_seed(seed)",
+        "np.random.seed(seed)",
+        "draw from npnet's own stream, which np.random.seed does not reach",
+    ),
+    Mistake(
+        "noise added to what is shared",
+        TRAINING,
+        "test_careful_training",
+        "    x = np.concatenate([x for x, _ in parts])\n",
+        "    for x, _ in parts:\n        x += 0.01 * np.random.standard_normal(x.shape)\n"
+        "    x = np.concatenate([x for x, _ in parts])\n",
+        "your code changes table",
+    ),
+]
