@@ -116,9 +116,9 @@ def plan(
     if budget is not None and not fitting:
         restricted = every_nth is not None or not (strategy is None or kind == "optimal")
         smallest = min(plans, key=lambda each: each.peak_bytes)
-        name = f"of this strategy ({smallest.schedule.name})" if restricted else "that there is"
+        name = f"of this strategy ({smallest.schedule.name})" if restricted else "that was found"
         if not restricted and depth > MOST_LAYERS:
-            name = f"that was found ({smallest.schedule.name}; {depth} layers are too many to search all schedules)"
+            name += f" ({smallest.schedule.name}; {depth} layers are too many to search all schedules)"
         raise _infeasible(smallest, budget, name, restricted)
     return min(fitting, key=lambda each: (each.recompute_flops, chain.moved_bytes(each.schedule), each.peak_bytes))
 
@@ -259,8 +259,8 @@ def _optimal(chain: Chain, budget: int) -> tuple[list[Schedule], float | None]:
         return [*_every_nth(chain), *_revolves(chain)], None
     least, smallest = smallest_budget(chain)
     free, unit = budget - chain.fixed, exact_unit(chain)
-    if free < least:
-        return [smallest], None
+    if free < least:  # no memory-persistent schedule fits; revolve, which is none, may
+        return [smallest, *(schedules.revolve(depth, slots, chain.needs_saved) for slots in range(2, 6))], None
     if free // unit < _levels(chain):
         optimum = Optimum(chain, free)
         return [optimum.schedule()], optimum.recompute_flops()

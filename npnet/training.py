@@ -77,7 +77,8 @@ def fit(
             is planned (`npnet.plan`). The batch is data, and not counted.
         transform: what becomes of the rows of x, batch by batch: data may stay as they are stored, as bytes, say (see
             `npnet.datasets.scaled`).
-        rng: seed or generator of the shuffling.
+        rng: seed or generator of the shuffling. (Dropout's masks depend on the number of the step, too, which goes on
+            from training to training: `npnet.set_seed` starts anew.)
         shuffle: False takes the samples in order.
         decay: let the learning rate fall linearly to zero over these epochs (Li, Yumer & Ramanan, "Budgeted
             Training", 2020).
