@@ -64,6 +64,10 @@ class CapturedStep:
         self._blocks: dict[Layer, dict[str, Array]] = {}  # "value", and what the optimizer remembers, of all parameters
         self._value = 0.0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies record anew: copied calls would write into arrays that nobody reads."""
+        return type(self), (self.network, self.loss, self.optimizer, self.schedule)
+
     @property
     def arena_bytes(self) -> int:
         """What a step takes besides the batch, the parameters and what the optimizer keeps; held from step to step."""

@@ -1,6 +1,7 @@
 """A captured step: the same numbers as `train_step`, in the memory that the schedule takes, all or nothing."""
 
 import copy
+import pickle
 import tracemalloc
 from functools import partial
 
@@ -220,6 +221,25 @@ def test_a_layers_parameters_are_moved_side_by_side_and_updated_by_one_call():
         weight, bias = layer.weight.value, layer.bias.value
         assert weight.base is bias.base is not None
         assert weight.flags.f_contiguous
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))])
+def test_a_copy_goes_on_alone(how):
+    x, y = batch()
+    step = CapturedStep(MODELS["relu"]("float32"), npnet.Quadratic(), npnet.Adam(), "sqrt")
+    step(x, y)
+    other = how(step)
+    losses = [step(x, y) for _ in range(3)]
+    assert [other(x, y) for _ in range(3)] == losses
+    assert losses[0] > losses[-1]
+
+
+def test_two_steps_of_one_model_take_turns():
+    x, y = batch()
+    model, optimizer = MODELS["relu"]("float32"), npnet.Adam()
+    steps = [CapturedStep(model, npnet.Quadratic(), optimizer, schedule) for schedule in ("none", "sqrt")]
+    losses = [steps[number % 2](x, y) for number in range(4)]
+    assert losses == train(MODELS["relu"]("float32"), npnet.Quadratic(), npnet.Adam(), "none", False, [(x, y)] * 4)[0]
 
 
 def test_recording_changes_nothing():
