@@ -510,7 +510,7 @@ def check_split(depth, segments):
     assert len(got) == segments, f"{call}: you make {len(got)}, with {lengths} layers"
     right, each = npnet.Sequential(*layers), depth // segments
     _, tape = npnet.checkpoint.checkpoint_sequential(right, segments, np.ones((1, 1)))
-    parts = tape.layer.layers
+    parts = tape.parts
     expected = [len(getattr(part, "inner", part).layers) for part in parts]
     evenly = [len(part) for part in np.array_split(np.arange(depth), segments)]
     words = ""
@@ -987,9 +987,9 @@ plt.show()
 # %% [markdown]
 # The three trainings are one, bit for bit. (Do not be surprised if the ratio of the times is near 1: 12 of 16 layers
 # are run again, but memory that was just freed is handed out again faster than fresh memory from the system, and this
-# may pay for it.) Is the built-in version's peak higher than yours? Its tape may be used
-# again, so it does not let go of the last segment's activations on the way back. (npnet trains by schedules,
-# `npnet.fit(..., schedule="sqrt")`, and these free all that is used.)
+# may pay for it.) Is the built-in version's peak higher than yours? It lets go of a segment only when
+# the whole of it has had its backward pass. (npnet trains by schedules, `npnet.fit(..., schedule="sqrt")`,
+# and these free each activation as it is used.)
 #
 # Where PyTorch is installed, we can ask it, too: the same weights, its own `checkpoint_sequential`.
 
