@@ -59,7 +59,15 @@ MISTAKES = [
         "test_forward_between_checkpoints",
         "range(checkpoint_idx_start, layer_idx_end)",
         "range(checkpoint_idx_start + 1, layer_idx_end + 1)",
-        "the index is off by one",
+        "a_1: this is a_0 run through weights[1], which takes a_1",
+    ),
+    Mistake(
+        "each layer run on the checkpoint",
+        SEGMENT,
+        "test_forward_between_checkpoints",
+        "self.biases[i], activations[-1])",
+        "self.biases[i], a)",
+        "a_2: this is a_0 run through weights[1], which takes a_1",
     ),
     Mistake(
         "the checkpoint itself left out",
@@ -113,6 +121,14 @@ MISTAKES = [
         "nearly every activation is alive at once",
     ),
     Mistake(
+        "every other activation not freed",
+        BACKPROP,
+        "test_peak",
+        "a_out = segment.pop()\n",
+        "a_out = segment.pop()\n                checkpoints[f'used {i // 2}'] = a_out\n",
+        "is a segment that was used, or an activation in it, still there while the next is restored?",
+    ),
+    Mistake(
         "last layer of each segment counted",
         "formulae",
         "test_formulae",
@@ -127,5 +143,21 @@ MISTAKES = [
         "return max(with_last_segment, with_segment_before)",
         "return with_last_segment",
         "When a segment is restored there is more",
+    ),
+    Mistake(
+        "only the moment when a segment is restored",
+        "formulae",
+        "test_formulae",
+        "return max(with_last_segment, with_segment_before)",
+        "return with_segment_before",
+        "At the end of the forward pass there is more",
+    ),
+    Mistake(
+        "a segment restored where there is no checkpoint",
+        "formulae",
+        "test_formulae",
+        "return max(with_last_segment, with_segment_before)",
+        "return max(with_last_segment, (depth - 1) // n + n - 1)",
+        "There is no checkpoint, and so no segment is restored",
     ),
 ]
