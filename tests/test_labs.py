@@ -66,9 +66,9 @@ class Work(NamedTuple):
 
 @pytest.fixture(scope="session")
 def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Work]]:
-    """For each lab of the tests chosen; two processes at a time."""
+    """For each lab of the tests chosen; two processes at a time, or as many as NPNET_LABS_PROCESSES says."""
     chosen = {item.callspec.params.get("lab") for item in request.session.items if hasattr(item, "callspec")}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(int(os.environ.get("NPNET_LABS_PROCESSES", "2"))) as pool:
         works = {}
         for lab in filter(chosen.__contains__, LABS):
             folder = tmp_path_factory.mktemp(lab)
