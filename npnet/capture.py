@@ -57,7 +57,7 @@ class CapturedStep:
         self._forget()
 
     def _forget(self) -> None:
-        self._programs: dict[Any, Program] = {}  # by the kind of batch
+        self._programs: dict[Any, tuple[Program, list[dict[str, Any]]]] = {}  # by the kind of batch; whose steps count
         self._arena: Array | None = None  # where they all run
         self._bound: list[tuple[Parameter, Array, dict[str, Any] | None]] = []  # what programs overwrite
         self._factors: list[tuple[dict[str, Any], tuple[Factor, ...]]] = []  # by the number of updates there were
@@ -76,7 +76,7 @@ class CapturedStep:
     @property
     def calls(self) -> int:
         """How many NumPy calls a step makes: the longest of those recorded."""
-        return max(map(len, self._programs.values()), default=0)
+        return max((len(program) for program, _ in self._programs.values()), default=0)
 
     def __call__(self, x: Array, y: Array) -> float:
         """One step on a batch.
@@ -97,43 +97,46 @@ class CapturedStep:
         Whatever is raised, nothing was updated.
         """
         with explained(self.network, self.schedule, x, loss=self.loss, optimizer=self.optimizer):
-            program = self._program(x, y)
+            program, updated = self._program(x, y)
             for state, factors in self._factors:
                 for factor, value in zip(factors, self.optimizer._factors(state["steps"] + 1), strict=True):
                     factor.set(value)
             with one_step(), np.errstate(over="ignore", invalid="ignore"):  # as in backpropagate
                 program(x, y)
-        for _, _, remembered in self._bound:
-            if remembered is not None:
-                remembered["steps"] += 1
+        for state in updated:
+            state["steps"] += 1
         return self._value
 
     def listing(self, x: Array, y: Array) -> str:
         """The calls of a step on such a batch, for reading: see `npnet.replay.listing`."""
-        _check(x, y)
-        return listing(self._recorded(x, y))
+        self._prepare(x, y)
+        return listing(self._recorded(x, y)[0])
 
-    def _program(self, x: Array, y: Array) -> Program:
-        """That for a batch like this one."""
-        _check(x, y)
+    def _prepare(self, x: Array, y: Array) -> None:
+        """Refuse what is no array of NumPy's; forget all, if other arrays are in the parameters' places by now."""
+        if array_module(x) is not np or array_module(y) is not np:  # which refuses what is no array
+            raise CannotCapture("steps are captured on NumPy's arrays alone")
         states = self.optimizer._state
         for parameter, value, state in self._bound:
             if parameter.value is not value or parameter.lent or states.get(parameter) is not state:
-                self._forget()  # somebody has put other arrays in their places
+                self._forget()
                 break
+
+    def _program(self, x: Array, y: Array) -> tuple[Program, list[dict[str, Any]]]:
+        """That for a batch like this one, and what the optimizer remembers of the parameters that it updates."""
+        self._prepare(x, y)
         kind = x.shape, x.dtype, y.shape, y.dtype, self.network.training
-        program = self._programs.get(kind)
-        if program is None:
-            recording = self._recorded(x, y)
+        if kind not in self._programs:
+            recording, updated = self._recorded(x, y)
             program = Program(recording, self._arena)
             recording.calls.clear()  # stand-ins know the recording that knows them: such cycles are freed late
             if program.arena is not self._arena:  # this batch is larger than all before: the others are recorded again
                 self._programs, self._arena = {}, program.arena
-            self._programs[kind] = program
-        return program
+            self._programs[kind] = program, updated
+        return self._programs[kind]
 
-    def _recorded(self, x: Array, y: Array) -> Recording:
-        """What a step on such a batch does."""
+    def _recorded(self, x: Array, y: Array) -> tuple[Recording, list[dict[str, Any]]]:
+        """What a step on such a batch does, and what the optimizer remembers of the parameters that it updates."""
         if self.schedule.offloads:
             raise CannotCapture("a step that moves activations out of memory cannot be recorded")
         if type(self.optimizer)._factors is Optimizer._factors:
@@ -146,6 +149,7 @@ class CapturedStep:
         if not self._blocks:
             self._blocks = {layer: self._laid_out(layer) for layer in self.network.layers}
         remembered = self.optimizer._state
+        updated: list[dict[str, Any]] = []
         inputs: Any = recording.input(x, "x")
         targets: Any = recording.input(y, "y")
 
@@ -156,6 +160,7 @@ class CapturedStep:
 
         def update(layer: Layer) -> None:
             ready = self.optimizer.prepare(layer.parameters())
+            updated.extend(remembered[parameter] for parameter in ready if parameter in remembered)
             counts = [remembered.get(parameter, {"steps": 0}) for parameter in ready]
             alike = len({count["steps"] for count in counts}) == 1
             whole = self._joined(recording, layer, ready) if alike else None
@@ -171,7 +176,7 @@ class CapturedStep:
         finally:
             set_next_step(number)  # recording counts as no step
         self._bound = [(each, each.value, remembered.get(each)) for each in parameters.values()]
-        return recording
+        return recording, updated
 
     def _laid_out(self, layer: Layer) -> dict[str, Array]:
         """Move the arrays of a layer's parameters side by side, so that one call can update them all; and so what the
@@ -255,8 +260,3 @@ def _side_by_side(arrays: list[Array], orders: list[Any]) -> tuple[Array, list[A
     block = np.concatenate([array.ravel(order=order) for array, order in zip(arrays, orders, strict=True)])
     parts = np.split(block, np.cumsum([array.size for array in arrays])[:-1])
     return block, [part.reshape(a.shape, order=order) for part, a, order in zip(parts, arrays, orders, strict=True)]
-
-
-def _check(x: Array, y: Array) -> None:
-    if array_module(x) is not np or array_module(y) is not np:  # which refuses what is no array
-        raise CannotCapture("steps are captured on NumPy's arrays alone")

@@ -87,12 +87,11 @@ class Program:
 
     Attributes:
         arena: that it runs in.
-        bytes: what it needs of it.
     """
 
     def __init__(self, recording: Recording, arena: Array | None = None) -> None:
-        offsets, self.bytes = places(recording)
-        self.arena = new_arena(self.bytes) if arena is None or len(arena) < self.bytes else arena
+        offsets, size = places(recording)
+        self.arena = new_arena(size) if arena is None or len(arena) < size else arena
         self._calls: list[tuple[Callable[..., Any], list[Any]]] = []
         self._late: list[tuple[list[Any], int, int, Path]] = []  # arguments that are views of an input
         arrays: dict[Traced, Array] = {}

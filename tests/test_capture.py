@@ -234,6 +234,39 @@ def test_a_copy_goes_on_alone(how):
     assert losses[0] > losses[-1]
 
 
+def test_a_listing_does_not_hide_that_arrays_were_replaced():
+    x, y = batch()
+    model, optimizer = MODELS["relu"]("float32"), npnet.Adam()
+    step, first = CapturedStep(model, npnet.Quadratic(), optimizer), model.state_dict()
+    losses = [step(x, y), step(x, y)]
+    model.load_state_dict(first)
+    step.listing(x, y)
+    assert step(x, y) == losses[0]
+    assert not np.array_equal(model.state_dict()["0.weight"], first["0.weight"])
+
+
+class Idle(npnet.Layer):
+    """Has a parameter that gets no gradient."""
+
+    output_suffices = True
+
+    def __init__(self):
+        self.weight = npnet.Parameter(np.ones(9, np.float32))
+
+    def forward(self, x):
+        y = x + self.weight.value
+        return y, (x, y)
+
+    def backward(self, dy, saved):
+        return dy * 1
+
+
+def test_parameters_without_a_gradient_are_not_counted_as_updated(monkeypatch):
+    layers = lambda dtype: Sequential(Dense(FEATURES, 9, rng=0), Idle(), Linear(9, OUTPUTS, rng=0))  # noqa: E731
+    monkeypatch.setitem(MODELS, "idle", layers)
+    both("idle", optimizer="momentum")
+
+
 def test_two_steps_of_one_model_take_turns():
     x, y = batch()
     model, optimizer = MODELS["relu"]("float32"), npnet.Adam()
