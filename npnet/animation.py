@@ -54,8 +54,8 @@ def states(schedule: Schedule, checkpoints: Collection[int] = ()) -> npt.NDArray
     row[0] = HELD
     table = np.empty((len(schedule), schedule.depth + 1), dtype=np.uint8)
     seen: set[int] = set()
+    now = {DROP: GONE, BACKWARD: USED, OFFLOAD: OUT, FETCH: HELD}
     for i, (kind, layer) in enumerate(schedule):
-        now = {DROP: GONE, BACKWARD: USED, OFFLOAD: OUT, FETCH: HELD}
         row[layer] = now[kind] if kind is not FORWARD else RECOMPUTED if layer in seen else COMPUTED
         seen.add(layer)
         table[i] = row

@@ -9,7 +9,6 @@ depend on the schedule. (That is a promise of the layers: see `Layer.forward`.)
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +81,7 @@ def backpropagate(
         with one_step():  # whatever is run again in it draws the same random numbers again
             check = _DeterminismCheck(layers) if determinism_check else None
             _checking.always = determinism_check or before  # of the parts inside, too
-            with borrowed_store() if schedule.offloads else nullcontext() as store:
+            with borrowed_store() as store:
                 return _run(layers, schedule, x, output_gradient, after_backward, restore, needs_dx, check, store)
     except BaseException:  # Ctrl-C, too: the next pass must not add to the half of this one
         clear_gradients(layers)
@@ -107,7 +106,7 @@ def _run(
     restore: Restore | None,
     needs_dx: bool,
     check: "_DeterminismCheck | None",
-    store: Store | None,
+    store: Store,
 ) -> Array | None:
     """Do what the schedule says, action by action."""
     held: dict[int, Array] = {0: x}  # l -> a_l
@@ -130,9 +129,9 @@ def _run(
                 del kept  # a name would hold the activations beyond their time
         elif kind is DROP:
             del held[first]
-        elif kind is OFFLOAD and store is not None:
+        elif kind is OFFLOAD:
             store.put(first, held.pop(first))
-        elif kind is FETCH and store is not None:
+        elif kind is FETCH:
             held[first] = store.get(first)
         else:
             layer, output = layers[first - 1], held.pop(first)

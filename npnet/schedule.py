@@ -218,10 +218,6 @@ class Schedule(tuple[Action, ...]):
             seen.add(layer)
         if next_backward:
             raise InvalidSchedule(f"after the last of {len(self)} actions: layer {next_backward} has no backward pass")
-        if out:
-            raise InvalidSchedule(
-                f"after the last of {len(self)} actions: a_{min(out)} was offloaded and never fetched"
-            )
         return tuple(_join(steps))
 
     def _problem(self, kind: Kind, layer: int, held: set[int], out: set[int], next_backward: int) -> str:

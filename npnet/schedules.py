@@ -162,9 +162,9 @@ def revolve(depth: int, slots: int | None = None, needs_saved: Iterable[int] = (
 
     With c slots (one of them the input's) and r the smallest number with C(c + r, c) >= L, no layer runs forward more
     than r + 1 times, and the extra forwards are r L - C(c + r, c + 1). Griewank & Walther, "Algorithm 799: Revolve",
-    2000. It assumes layers that are all alike and are each run once more right before
-    their backward pass; where the output suffices for that (`npnet.layer.Layer.output_suffices`), the schedules of
-    `npnet.planner` are cheaper, but for very little memory: revolve is not memory-persistent.
+    2000. It assumes layers that are all alike and are each run once more right before their backward pass; where the
+    output suffices for that (`npnet.layer.Layer.output_suffices`), the schedules of `npnet.planner` are cheaper, but
+    for very little memory: revolve is not memory-persistent.
 
     Args:
         depth: number of layers L.

@@ -126,14 +126,14 @@ class CapturedNpnet(NpnetStep):
 
 class ClassicStep:
     def __init__(self, problem: Problem, every: int = 0) -> None:
-        code = load_classic()
+        code, self.rate = load_classic(), problem.rate
         sizes = list(problem.sizes)
         self.network = code.NetworkWithCheckpointing(sizes, every) if every else code.Network(sizes)
         self.network.weights = [w.copy() for w in problem.weights]
         self.network.biases = [np.zeros((n, 1), problem.dtype) for n in sizes[1:]]
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> None:
-        self.network.update_mini_batch((x, y), RATE["lab"])
+        self.network.update_mini_batch((x, y), self.rate)
 
     def weights(self) -> list[np.ndarray]:
         return self.network.weights
