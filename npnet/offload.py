@@ -85,12 +85,10 @@ class Store:
         self._read(kept, array.reshape(-1, order="A").view(np.uint8).data)
         if self._kept:
             self._advise(self._kept[next(reversed(self._kept))])
-        else:
-            self._end = 0
         return array  # type: ignore[no-any-return]
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all; what comes next overwrites the file."""
         self._kept, self._end = {}, 0
 
     def _write(self, array: Array) -> _InFile:

@@ -245,6 +245,19 @@ def test_a_listing_does_not_hide_that_arrays_were_replaced():
     assert not np.array_equal(model.state_dict()["0.weight"], first["0.weight"])
 
 
+def test_parameters_of_a_layer_that_were_updated_a_different_number_of_times():
+    results = []
+    for captured in (False, True):
+        model, optimizer = MODELS["relu"]("float32"), npnet.Adam(0.01)
+        train(model, npnet.Quadratic(), optimizer, "none", False, [batch()] * 3)
+        parameters = model.named_parameters()
+        state = {name: array for name, array in optimizer.state_dict(parameters).items() if "bias" not in name}
+        optimizer.load_state_dict(state, parameters)  # the biases begin anew
+        results.append(train(model, npnet.Quadratic(), optimizer, "sqrt", captured, [batch()] * 3))
+    assert_same(*results)
+    assert results[0][2]["steps/0.weight"] == 6 > results[0][2]["steps/0.bias"]
+
+
 class Idle(npnet.Layer):
     """Has a parameter that gets no gradient."""
 
@@ -331,10 +344,11 @@ class Kept(npnet.Optimizer):
 )
 def test_what_cannot_be_captured_is_refused_and_nothing_is_changed(layers, optimizer, words):
     model = Sequential(Dense(FEATURES, 9, rng=0), *layers, Linear(9, OUTPUTS, rng=0))
-    before = model.state_dict()
+    before, number = model.state_dict(), next_step()
     step = CapturedStep(model, npnet.Quadratic(), optimizer)
     with pytest.raises(CannotCapture, match=words):
         step(*batch())
+    assert next_step() == number
     assert all(np.array_equal(before[name], array) for name, array in model.state_dict().items())
     assert all(
         isinstance(parameter.value, np.ndarray) and parameter.gradient is None for parameter in model.parameters()

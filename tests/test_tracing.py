@@ -157,6 +157,13 @@ def test_what_cannot_be_done_again_is_refused(function, words):
         function(Recording().input(np.ones((6, 4))))
 
 
+def test_rows_of_a_transpose_are_copied_by_a_call_and_not_by_a_view():
+    x = Recording().input(np.ones((6, 4)))
+    assert x.ravel().buffer is x.T.ravel(order="K").buffer is x.buffer
+    assert x.T.reshape(-1).buffer is not x.buffer
+    assert [function.__name__ for function, _ in x.recording.calls] == ["copy"]
+
+
 def test_joined_buffers_lie_side_by_side():
     def whole(x, y):
         a, b = array_module(x).dot(x, y.T), x + y
