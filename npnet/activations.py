@@ -78,14 +78,13 @@ class Sigmoid(Activation):
 
     def forward_(self, z: Array, bias: Array | None = None) -> None:
         xp = array_module(z)
-        one = scalar(xp, 1.0, z.dtype)
         if bias is None:
             xp.negative(z, out=z)
         else:
             xp.subtract(xp.negative(bias), z, out=z)
         xp.exp(z, out=z)
-        xp.add(z, one, out=z)
-        xp.divide(one, z, out=z)
+        xp.add(z, scalar(xp, 1.0, z.dtype), out=z)
+        xp.reciprocal(z, out=z)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
         _, y = saved

@@ -112,21 +112,26 @@ def _run(
     held: dict[int, Array] = {0: x}  # l -> a_l
     saved: dict[int, Saved] = {}  # l -> what layer l saved, where that is more than (a_{l-1}, a_l)
     gradient: Array | None = None  # dL/da_l, for the layer l whose backward pass is next
-    for kind, first, last, recompute, saves in schedule.steps:
+    for kind, first, last, recompute, saves, passes in schedule.steps:
         if kind is FORWARD:
             if recompute and restore is not None:
                 held.update(enumerate(restore(held[first - 1], first, last), first))
                 continue
+            output = held[first - 1]
             for number in range(first, last + 1):
                 try:
-                    held[number], kept = layers[number - 1].forward(held[number - 1])
+                    output, kept = layers[number - 1].forward(output)
                 except (ShapeError, KindError) as error:
                     raise error.within(str(number - 1)) from None
+                if not passes:
+                    held[number] = output
                 if saves:
                     saved[number] = kept
                 if check is not None:
-                    check(number, held[number])
+                    check(number, output)
                 del kept  # a name would hold the activations beyond their time
+            held[last] = output
+            del output
         elif kind is DROP:
             del held[first]
         elif kind is OFFLOAD:

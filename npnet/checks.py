@@ -70,6 +70,8 @@ def check_whole(value: Any, name: str, least: int = 0, most: float = 2**63 - 1) 
     >>> check_whole(np.int64(3), "epochs")
     3
     """
+    if type(value) is int and least <= value <= most:
+        return value  # the usual case: training steps check numbers, too
     try:
         number = None if isinstance(value, (bool, np.bool_)) else value.__index__()
     except (AttributeError, TypeError):  # an array of several numbers has the method, too
@@ -91,7 +93,7 @@ def check_number(value: Any, name: str, least: float = 0.0, below: float = math.
         ValueError: not finite, below ``least``, or not below ``below``.
     """
     if type(value) is float and least <= value < below and value > -math.inf:
-        return value  # the usual case: training steps check numbers, too
+        return value  # the usual case, as above
     limit = "a finite number" + (f", at least {least:g}" if least > -math.inf else "")
     limit += f" and below {below:g}" if below < math.inf else ""
     kind, axes = getattr(getattr(value, "dtype", None), "kind", "f"), getattr(value, "ndim", None)

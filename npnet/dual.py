@@ -138,6 +138,10 @@ class DualModule:
             below = xp.where(xp.isinf(v), xp.zeros_like(below), below)
         return _result(quotient, _plus(_times(du, 1 / v), below), out)
 
+    def reciprocal(self, x: Any, out: Dual | None = None) -> Dual:
+        """1 / u."""
+        return self.divide(1.0, x, out)
+
     def negative(self, x: Any, out: Dual | None = None) -> Dual:
         """(-u)' = -u'."""
         u, du = _split(x)

@@ -18,7 +18,6 @@ This module knows integers only: no arrays, no bytes.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from itertools import groupby
 from typing import NamedTuple
 
 from npnet.checks import check_kind, check_whole, shown
@@ -84,13 +83,17 @@ def check_layers(numbers: Iterable[int], name: str) -> frozenset[int]:
 
 
 class Run(NamedTuple):
-    """What the engine executes: one action, or a run of forward actions for layers first, first + 1, ... last."""
+    """What the engine executes: one action, or a run of forward actions for layers first, first + 1, ... last.
+
+    A run that *passes* keeps its last output alone: each is dropped when the next one is there.
+    """
 
     kind: Kind
     first: int
     last: int
     recompute: bool  # forward: these layers have been run before
     saves: bool  # forward: what these layers save is for the backward pass to come
+    passes: bool = False  # forward: forward l, forward l + 1, drop l, forward l + 2, drop l + 1, ...
 
 
 class InvalidSchedule(ValueError):
@@ -244,12 +247,15 @@ class Schedule(tuple[Action, ...]):
 
 
 def _join(steps: Sequence[Run]) -> Iterable[Run]:
-    """Runs of forward steps for consecutive layers, as single steps."""
-    for (_, kind, recompute, saves), run in groupby(
-        enumerate(steps), lambda item: (item[1].first - item[0], item[1].kind, item[1].recompute, item[1].saves)
-    ):
-        members = [step for _, step in run]
-        if kind is FORWARD:
-            yield Run(kind, members[0].first, members[-1].last, recompute, saves)
-        else:
-            yield from members
+    """The steps, with runs of forward steps for consecutive layers joined, and with the drops that follow each."""
+    i = 0
+    while i < len(steps):
+        run, i = steps[i], i + 1
+        while run.kind is FORWARD and i < len(steps):
+            follows = (*steps[i][:2], *steps[i][3:5]) == (FORWARD, run.last + 1, run.recompute, run.saves)
+            drops = not run.recompute and [each[:2] for each in steps[i + 1 : i + 2]] == [(DROP, run.last)]
+            if not follows or (run.first < run.last and run.passes != drops):
+                break
+            run = run._replace(last=run.last + 1, passes=drops)
+            i += 1 + drops
+        yield run

@@ -152,6 +152,27 @@ def test_what_a_layer_must_save_it_computes_right_before_its_segments_backward(d
     assert schedule.extra_forwards == every_nth(depth, n).extra_forwards + len(boundaries)
 
 
+def spelled_out(schedule):
+    """The engine's steps, action by action: (kind, layer, recompute, saves)."""
+    for step in schedule.steps:
+        for layer in range(step.first, step.last + 1):
+            yield step.kind, layer, step.recompute, step.saves
+            if step.passes and layer > step.first:
+                yield DROP, layer - 1, False, False
+
+
+def test_a_segment_that_leaves_a_checkpoint_is_one_step():
+    schedule = every_nth(9, 4)
+    assert [(s.first, s.last, s.passes) for s in schedule.steps if s.kind is FORWARD] == [
+        (1, 4, True),
+        (5, 8, True),
+        (9, 9, False),
+        (5, 7, False),
+        (1, 3, False),
+    ]
+    assert DROP not in [s.kind for s in schedule.steps]
+
+
 @given(valid_actions(), st.data())
 @settings(deadline=None, max_examples=200)
 def test_a_valid_list_is_accepted_and_compiled_into_the_same_actions(given_list, data):
@@ -161,7 +182,7 @@ def test_a_valid_list_is_accepted_and_compiled_into_the_same_actions(given_list,
     schedule = Schedule(actions, depth, needs_saved=needs_saved)
     assert list(schedule) == actions
     assert str(schedule) == ", ".join(f"{kind.value} {layer}" for kind, layer in actions)
-    flat = [(s.kind, layer, s.recompute, s.saves) for s in schedule.steps for layer in range(s.first, s.last + 1)]
+    flat = list(spelled_out(schedule))
     assert [entry[:2] for entry in flat] == actions
     for i, (kind, layer, recompute, saves) in enumerate(flat):
         if kind is FORWARD:
