@@ -4,6 +4,7 @@ Where to start reading: `npnet.layer` (layers that never remember), `npnet.sched
 recompute, as a list of actions), `npnet.checkpoint` (the forty lines that run such a list).
 """
 
+from npnet import launch  # noqa: F401, I001 - before NumPy is loaded
 from npnet import plots, schedules
 from npnet.activations import Activation, Identity, ReLU, Sigmoid, Softmax, Tanh
 from npnet.archive import SaveError

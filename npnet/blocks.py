@@ -10,7 +10,7 @@ import numpy.typing as npt
 from npnet.backend import Array, array_module, backend_of, ones, to_backend
 from npnet.checks import check_float, check_number, check_room, check_whole, shown
 from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError
-from npnet.random import RNG, as_generator, current_step, draws
+from npnet.random import RNG, as_generator, current_step, draws, first_row
 
 
 class Dropout(Layer):
@@ -71,7 +71,8 @@ def keep_mask(x: Array, key: int, p: float) -> Array:
     if hasattr(xp, "keep_mask"):  # x only stands in for an array
         mask: Array = xp.keep_mask(x, key, p)
     else:  # on the host in every backend, so that a seed means the same mask everywhere
-        mask = xp.asarray(draws(key, current_step()).random(x.shape, np.float32) >= p)
+        before = first_row() * math.prod(x.shape[1:])  # numbers of the rows that other processes have
+        mask = xp.asarray(draws(key, current_step(), before).random(x.shape, np.float32) >= p)
     return mask
 
 

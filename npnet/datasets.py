@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from npnet.archive import SaveError, read_npz
 from npnet.backend import Array, backend_of, to_host
-from npnet.checks import check_flag, check_float, check_number, check_pairs, check_room, check_whole, shown
+from npnet.checks import check_flag, check_float, check_list, check_number, check_pairs, check_room, check_whole, shown
 from npnet.layer import Pair
 from npnet.random import RNG, as_generator
+from npnet.ranks import share_of
 
 DIABETES_FILE = "diabetes.csv"
 _MOST_DIABETES = 768 * 9 * 32  # bytes; no number is written in more than 32
@@ -303,10 +304,12 @@ def batches(
     shuffle: bool = True,
     drop_last: bool = False,
     start: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Pair]:
     """The samples in batches of ``batch_size`` rows; if they do not divide evenly, the last one is shorter, or dropped.
 
-    ``start`` leaves out so many samples, of those that would come first.
+    ``start`` leaves out so many samples, of those that would come first; ``part`` (rank, size) gives of each batch the
+    rows that fall to one of several processes (see `npnet.ranks.share_of`).
 
     >>> [len(x) for x, y in batches(np.zeros((5, 3)), np.zeros((5, 1)), 2)]
     [2, 2, 1]
@@ -315,7 +318,11 @@ def batches(
     check_pairs(x, y)
     shuffle, drop_last = check_flag(shuffle, "shuffle"), check_flag(drop_last, "drop_last")
     batch_size = check_whole(batch_size, "batch_size", least=1)
+    rank, size = check_list(part, 2, "part")
+    rank, size = check_whole(rank, "part: rank", most=check_whole(size, "part: size", least=1) - 1), int(size)
     order = as_generator(rng).permutation(len(x)) if shuffle else None  # drawn now, whoever takes how many
     firsts = range(check_whole(start, "start"), len(x) - (batch_size - 1 if drop_last else 0), batch_size)
-    samples = (slice(i, i + batch_size) if order is None else order[i : i + batch_size] for i in firsts)
+    shares = ((i, share_of(rank, size, min(batch_size, len(x) - i))) for i in firsts)
+    spans = (slice(i + share.start, i + share.stop) for i, share in shares)
+    samples = (span if order is None else order[span] for span in spans)
     return ((x[rows], y[rows]) for rows in samples)

@@ -17,6 +17,7 @@ from npnet.optimal import smallest_budget
 from npnet.planner import HasLayers, plan
 from npnet.plans import MOST_LAYERS
 from npnet.random import next_step, one_step
+from npnet.ranks import RankDiverged
 from npnet.schedule import Schedule
 
 
@@ -72,7 +73,7 @@ class explained:  # noqa: N801 - used as a function; a class, since every step e
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, TrainingDiverged):
+        if isinstance(error, TrainingDiverged) and not isinstance(error, RankDiverged):
             raise TrainingDiverged(f"{error}; {first_not_finite(self.network.layers, self.x, self.step)}") from None
         if isinstance(error, MemoryError) and not isinstance(error, OutOfMemory):
             traceback.clear_frames(trace)  # else the error holds the activations, while a way out is sought

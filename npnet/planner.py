@@ -52,6 +52,7 @@ def plan(
     optimizer: Optimizer | None = None,
     streaming: bool = True,
     accumulation_steps: int = 1,
+    ranks: int = 1,
     features: int | None = None,
 ) -> Plan:
     """Choose a schedule for training ``network``, and say what a step will take.
@@ -70,6 +71,8 @@ def plan(
         streaming: layers are updated during the backward pass, as `npnet.fit` and `Network.update_mini_batch` do; else
             the gradients of all layers are alive together at the end, as for `Network.backprop`.
         accumulation_steps: with more than 1 the gradients of earlier batches are alive, too.
+        ranks: processes that share each batch (see `npnet.fit`). What one of them takes is planned: its share of the
+            batch, rounded up, and the buffers in which gradients are summed.
         features: of the input, if the first layer does not tell.
 
     Raises:
@@ -77,7 +80,8 @@ def plan(
         TypeError, ValueError: an argument is of another kind, or two contradict each other.
         NotImplementedError: a layer does not say what it costs.
     """
-    batch_size = check_whole(batch_size, "batch_size", least=1)
+    ranks = check_whole(ranks, "ranks", least=1)
+    batch_size = -(-check_whole(batch_size, "batch_size", least=1) // ranks)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     chain = price(
         network,
@@ -86,6 +90,7 @@ def plan(
         optimizer=optimizer,
         streaming=streaming,
         accumulation_steps=accumulation_steps,
+        communicating=ranks > 1,
         features=features,
     )
     depth, bound = chain.depth, None
@@ -201,9 +206,10 @@ def price(
     optimizer: Optimizer | None = None,
     streaming: bool = True,
     accumulation_steps: int = 1,
+    communicating: bool = False,
     features: int | None = None,
 ) -> Chain:
-    """What each layer costs; arguments as for `plan`."""
+    """What each layer costs; arguments as for `plan`; communicating: there are several ranks."""
     layers, features, dtype = input_of(network, features)
     if loss is not None:
         check_kind(loss, Loss, "loss", "npnet.SoftmaxCrossEntropy()")
@@ -218,6 +224,7 @@ def price(
         update_arrays=1 if optimizer and optimizer.weight_decay else 0,
         streaming=check_flag(streaming, "streaming"),
         accumulating=check_whole(accumulation_steps, "accumulation_steps", least=1) > 1,
+        communicating=communicating,
     )
     if chain.step_flops > MOST_FLOPS:
         raise ValueError(f"batch_size: with {batch_size} samples a step takes {chain.step_flops:.3g} flops; never mind")

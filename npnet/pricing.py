@@ -17,6 +17,9 @@ import numpy as np
 from npnet.layer import Layer, LayerCost, ShapeError, needs_saved
 from npnet.schedule import BACKWARD, FETCH, FORWARD, OFFLOAD, Action, Schedule
 
+MESSAGE_BYTES = 2**16
+"""Gradients of thin layers are sent together, up to so many bytes: a message takes microseconds however small it is."""
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -38,6 +41,7 @@ class Chain:
     parameters: int = 0
     optimizer: int = 0
     accumulated: int = 0  # gradients of the micro-batches before
+    communication: int = 0  # buffers in which gradients are summed over several processes
     gradient_given: bool = False  # D_L is there from the start (a model of the literature; in npnet the loss makes it)
 
     @property
@@ -48,7 +52,7 @@ class Chain:
     @property
     def fixed(self) -> int:
         """Bytes that are alive throughout, whatever the schedule."""
-        return self.parameters + self.optimizer + self.accumulated
+        return self.parameters + self.optimizer + self.accumulated + self.communication
 
     @property
     def step_flops(self) -> int:
@@ -78,6 +82,7 @@ def chain_of(
     update_arrays: int = 0,
     streaming: bool = True,
     accumulating: bool = False,
+    communicating: bool = False,
 ) -> Chain:
     """Ask each layer what it costs.
 
@@ -90,6 +95,7 @@ def chain_of(
         streaming: each layer is updated, and its gradient freed, during the backward pass; else all gradients are
             alive at its end.
         accumulating: gradients of other micro-batches are there, to be added to.
+        communicating: gradients are summed over several processes.
 
     Raises:
         NotImplementedError: a layer does not say what it costs.
@@ -127,7 +133,18 @@ def chain_of(
         parameters=parameters,
         optimizer=state_arrays * parameters,
         accumulated=parameters if accumulating else 0,
+        communication=sum(buffer_bytes(layers)) if communicating else 0,
     )
+
+
+def buffer_bytes(layers: Sequence[Layer]) -> list[int]:
+    """Sizes of the buffers in which gradients are summed over several processes (see `npnet.gradient_sums`).
+
+    One for all gradients, where these are few; else two, each large enough for any layer.
+    """
+    sizes = [sum(parameter.value.nbytes for parameter in layer.parameters()) for layer in layers]
+    buffer = max(MESSAGE_BYTES, *sizes)
+    return [sum(sizes)] if sum(sizes) <= buffer else [buffer, buffer]
 
 
 class Moment(NamedTuple):
@@ -136,7 +153,7 @@ class Moment(NamedTuple):
     action: Action
     parameters: int
     optimizer: int
-    gradients: int  # of the parameters, and the one that is passed down
+    gradients: int  # of the parameters, with buffers that sum them, and the one that is passed down
     checkpoints: int  # activations from which others are computed again
     segment: int  # activations, and what layers saved, that wait for their own backward pass (or are on the way up)
     workspace: int
@@ -186,7 +203,7 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
                 action,
                 chain.parameters,
                 chain.optimizer,
-                chain.accumulated + kept + passed,
+                chain.accumulated + chain.communication + kept + passed,
                 checkpoints,
                 segment,
                 max(peak - alive, 0),

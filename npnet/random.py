@@ -7,7 +7,8 @@ numbers on every backend.
 What is random in every step (dropout) must come out the same when a layer is run again in that step, or checkpointing
 would compute the gradient of another function. There is no generator whose state would have to be saved and put back:
 each draw is a function of (key of the layer, number of the step), computed by the counter-based generator Philox
-(Salmon, Moraes, Dror & Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). The engine numbers the steps.
+(Salmon, Moraes, Dror & Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). The engine numbers the steps. Where
+several processes share a batch, each begins at its first row: a sample's numbers do not depend on who has it.
 """
 
 import copy
@@ -34,6 +35,7 @@ class _State(threading.local):
     generator: np.random.Generator | None = None  # set_seed's
     next_step = 0
     step: int | None = None  # while a step runs
+    first_row = 0  # of this process's share of the batch
 
 
 _state = _State()
@@ -135,6 +137,29 @@ def current_step() -> int:
     return new_step() if _state.step is None else _state.step
 
 
-def draws(key: int, step: int) -> np.random.Generator:
-    """The generator of the layer ``key`` in step ``step``: the same numbers whenever it is asked for."""
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, step]))
+@contextmanager
+def rows_from(first: int) -> Iterator[None]:
+    """While it lasts, the rows at work are those of a batch from number ``first`` on: a process's share of it."""
+    before, _state.first_row = _state.first_row, first
+    try:
+        yield
+    finally:
+        _state.first_row = before
+
+
+def first_row() -> int:
+    """The number, in the whole batch, of the first row at work: more than 0 where several processes share it."""
+    return _state.first_row
+
+
+def draws(key: int, step: int, skip: int = 0) -> np.random.Generator:
+    """The generator of the layer ``key`` in step ``step``: the same numbers whenever it is asked for.
+
+    Args:
+        skip: leave out so many float32 numbers, as if they had been drawn. Philox makes eight from each value of its
+            counter, so none of them is computed.
+    """
+    generator = np.random.Generator(np.random.Philox(key=key, counter=[skip // 8, 0, 0, step]))
+    if skip % 8:
+        generator.random(skip % 8, np.float32)
+    return generator

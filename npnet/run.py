@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from npnet.backend import Array
+from npnet.backend import Array, to_host
 from npnet.checkpoint import digest
 from npnet.checks import check_number, check_whole
 from npnet.layers import Sequential
 from npnet.optimizers import Optimizer
 from npnet.precision import GradScaler
 from npnet.random import next_step, set_next_step
+from npnet.ranks import Ranks
 from npnet.savable import as_json
 from npnet.storage import put
 
@@ -133,6 +134,15 @@ class TrainingRun:
             undo.pop_all()
         self.history.epochs[:], self.epochs_before = history, before
         self.losses, self.seconds, self.stream = losses.tolist(), seconds, said["stream"]
+
+    def share(self, ranks: Ranks) -> None:
+        """On all ranks: what rank 0 has, as if each went on with a save of it."""
+        said, arrays = self.state()
+        own = None if ranks.rank else (said, {name: to_host(array) for name, array in arrays.items()})
+        with ranks.together():
+            said, arrays = ranks.broadcast(own)
+            if ranks.rank:
+                self.load(said, arrays)
 
 
 def _epoch(row: Mapping[str, Any]) -> Epoch:

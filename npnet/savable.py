@@ -109,3 +109,18 @@ def as_json(value: Any, name: str) -> Any:
     if isinstance(value, (Sequence, np.ndarray)):
         return [as_json(each, f"{name}[{index}]") for index, each in enumerate(value)]
     raise TypeError(f"{name}: {value!r} cannot be saved; expected numbers, texts, lists or layers")
+
+
+def difference(saved: Any, given: Any, name: str = "", places: tuple[str, str] = ("there", "here")) -> str:
+    """The first difference between two descriptions, in words; empty if there is none.
+
+    >>> difference({"epochs": 3, "sizes": [4, 2]}, {"epochs": 3, "sizes": [4, 3]})
+    'sizes[1] is 2 there, 3 here'
+    """
+    if isinstance(saved, dict) and isinstance(given, dict) and saved.keys() == given.keys():
+        parts = [(saved[key], given[key], f"{name}.{key}" if name else str(key)) for key in given]
+    elif isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given):
+        parts = [(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(saved, given, strict=True))]
+    else:
+        return "" if saved == given else f"{name} is {saved!r} {places[0]}, {given!r} {places[1]}"
+    return next(filter(None, (difference(*part, places) for part in parts)), "")

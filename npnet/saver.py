@@ -10,7 +10,7 @@ from npnet.archive import SaveError, check_name, read_archive, write_archive
 from npnet.checks import check_whole
 from npnet.losses import TrainingDiverged
 from npnet.run import TrainingRun
-from npnet.savable import as_json
+from npnet.savable import as_json, difference
 
 
 class Saver:
@@ -119,18 +119,3 @@ class Saver:
     def _note(self, run: TrainingRun) -> None:
         self._taken = 0
         self.last = f"the last good save is {self.path}: {len(run.history.epochs)} epochs and {len(run.losses)} steps"
-
-
-def difference(saved: Any, given: Any, name: str = "") -> str:
-    """The first difference between two descriptions, in words; empty if there is none.
-
-    >>> difference({"epochs": 3, "sizes": [4, 2]}, {"epochs": 3, "sizes": [4, 3]})
-    'sizes[1] is 2 there, 3 here'
-    """
-    if isinstance(saved, dict) and isinstance(given, dict) and saved.keys() == given.keys():
-        parts = [(saved[key], given[key], f"{name}.{key}" if name else str(key)) for key in given]
-    elif isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given):
-        parts = [(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(saved, given, strict=True))]
-    else:
-        return "" if saved == given else f"{name} is {saved!r} there, {given!r} here"
-    return next(filter(None, (difference(*part) for part in parts)), "")

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
-from npnet.backend import Array
+from npnet.backend import Array, array_module
 from npnet.checkpoint import backpropagate, clear_gradients
 from npnet.checks import check_kind, check_number, check_whole, shown
-from npnet.failures import explained
+from npnet.failures import explained, first_not_finite
+from npnet.gradient_sums import GradientSums
 from npnet.layer import Layer, Pair, Parameter, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, check_finite
 from npnet.optimizers import Optimizer, clip_grad_norm
 from npnet.precision import GradScaler
-from npnet.random import one_step
+from npnet.random import next_step, one_step, rows_from
 from npnet.schedule import Schedule
 from npnet.schedules import ScheduleLike, as_schedule
 
@@ -29,17 +32,23 @@ def as_chain(model: Layer) -> Sequential:
 
 
 class _OutputGradient:
-    """Where backpropagation starts: the loss's gradient at the output; ``value`` is the loss, once it was called."""
+    """Where backpropagation starts: the loss's gradient at the output; ``value`` is the loss, once it was called.
+
+    ``look`` is called with the loss before the backward pass; by default it refuses one that is not finite.
+    """
 
     value = 0.0
 
-    def __init__(self, loss: Loss, y: Array, weight: float = 1.0) -> None:
-        self.loss, self.y = check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()"), y
+    def __init__(self, loss: Loss, y: Array, weight: float = 1.0, look: Callable[[Any], float] = check_finite) -> None:
+        self.loss, self.y, self.look = check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()"), y, look
         self.weight = check_number(weight, "weight", least=-math.inf)
 
     def __call__(self, output: Array) -> Array:
+        if not len(output):  # of a small batch this rank has no share
+            self.look(0.0)
+            return array_module(output).zeros_like(output)  # type: ignore[no-any-return]
         value, gradient = self.loss.value_and_gradient(output, self.y)
-        self.value = check_finite(value) * self.weight
+        self.value = self.look(value) * self.weight
         if self.weight != 1:
             gradient *= self.weight
         return gradient
@@ -87,9 +96,10 @@ def _add_gradients(
     schedule: Schedule,
     after_backward: Callable[[Layer], None] | None,
     determinism_check: bool,
+    look: Callable[[Any], float] = check_finite,
 ) -> float:
     """The same, without explaining what goes wrong."""
-    output_gradient = _OutputGradient(loss, y, weight)
+    output_gradient = _OutputGradient(loss, y, weight, look)
     backpropagate(
         network.layers, schedule, x, output_gradient, after_backward=after_backward, determinism_check=determinism_check
     )
@@ -149,6 +159,7 @@ def accumulated_step(
     scaler: GradScaler | None = None,
     streaming: bool = True,
     determinism_check: bool = False,
+    sums: GradientSums | None = None,
 ) -> float:
     """One update from the gradients of several micro-batches: that of the one large batch that they make up.
 
@@ -163,6 +174,8 @@ def accumulated_step(
         scaler: scale the loss, and skip the update if a gradient overflows. Then all gradients are alive together, too.
         streaming: False updates after the backward pass in any case. All gradients are alive together, and a step that
             is broken off, by whatever, leaves the model as it was; otherwise it may be half done.
+        sums: the micro-batches are this process's shares of larger ones, and ``samples`` counts all ranks' rows: the
+            gradients are summed over the ranks, once.
 
     Returns:
         The loss before the update.
@@ -182,23 +195,33 @@ def accumulated_step(
     before = None if scaler is None else scaler.state_dict()
     try:
         for x, y in _pairs(micro_batches):
-            rows = rows_of(x, "micro_batches: x")
+            rows = rows_of(x, "micro_batches: x") if sums is None else sums.rows_of_all(samples - seen)
             terms = {"loss": loss, "optimizer": optimizer, "streaming": at_once}
             terms["accumulation_steps"] = 1 if rows == samples else 2
             seen += rows
             if seen > samples or not samples:
                 break
-            weight, last = len(x) / samples * scale, update if seen == samples else None
-            with explained(network, schedule, x, **terms):
-                value += _add_gradients(network, loss, x, y, weight, schedule, last, determinism_check)
+            weight, first = len(x) / samples * scale, 0
+            look: Callable[[Any], float] = check_finite
+            after = update if seen == samples else None
+            if sums is not None:
+                first = sums.ranks.share(rows).start
+                where = partial(first_not_finite, network.layers, x, next_step())
+                after, look = sums.begin(seen == samples, update, value, weight, where)
+            with explained(network, schedule, x, **terms), rows_from(first):
+                value += _add_gradients(network, loss, x, y, weight, schedule, after, determinism_check, look)
             if seen == samples:
                 break
         if seen != samples or not samples:
             raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")
+        if sums is not None:
+            value = sums.finish()
         if not at_once:
             with explained(network, schedule, x, **terms):
                 _update(model.parameters(), optimizer, clip_norm, scaler)
-    except BaseException:
+    except BaseException as error:
+        if sums is not None:
+            sums.failed(error)
         clear_gradients([model])
         if scaler is not None and before is not None:
             scaler.update()

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import itertools
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,8 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
+import npnet
 from npnet.backend import Array, backend_of
 from npnet.capture import CapturedStep
+from npnet.checkpoint import digest
 from npnet.checks import (
     check_callable,
     check_flag,
@@ -24,6 +29,7 @@ from npnet.checks import (
 )
 from npnet.datasets import batches
 from npnet.failures import explained, first_not_finite, rehearse
+from npnet.gradient_sums import GradientSums
 from npnet.interrupts import Interrupts
 from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
@@ -32,6 +38,7 @@ from npnet.optimizers import Optimizer
 from npnet.planner import plan
 from npnet.precision import GradScaler
 from npnet.random import RNG, as_generator
+from npnet.ranks import Ranks
 from npnet.run import History, TrainingRun, fingerprint
 from npnet.saver import Saver
 from npnet.schedules import ScheduleLike, as_schedule
@@ -62,6 +69,7 @@ def fit(
     saver: Saver | None = None,
     history: History | None = None,
     show: Mapping[str, str] | None = None,
+    communicator: Any = None,
     log: bool = True,
 ) -> History:
     """Train ``model``: the same numbers under every ``schedule``.
@@ -96,11 +104,17 @@ def fit(
         saver: saves the run every so many steps, and goes on with one that was saved (see `npnet.Saver`).
         history: to append to, so that it is there even when training is interrupted.
         show: more to say in the progress bar.
+        communicator: of mpi4py (extra ``mpi``), such as ``MPI.COMM_WORLD``: its processes, the ranks, share each batch,
+            and all make the same update. All call this with the same data and arguments (``memory_budget`` apart,
+            which is each rank's own), begin with the weights, the optimizer and the save of rank 0, and end together.
+            Rank 0 alone logs and saves.
         log: show the progress bar.
 
     Raises:
-        ValueError: the data do not fit the model, hold NaN, or are fewer than a batch; or the save is that of another
-            training.
+        ValueError: the data do not fit the model, hold NaN, or are fewer than a batch; the save is that of another
+            training; or a rank's data or arguments are unlike those of rank 0.
+        RankFailed: another rank failed, where all take part in what failed. Elsewhere the one that fails says so, and
+            ends them all.
         InfeasibleBudget: no schedule keeps to the budget.
         CannotCapture: with ``capture``, the step does something that cannot be recorded; nothing was updated.
         TrainingDiverged: the loss is not finite, with the epoch, the step, the layer, and the last good save.
@@ -108,94 +122,130 @@ def fit(
         FileExistsError, SaveError, OSError: see `npnet.Saver`.
         KeyboardInterrupt, SystemExit: the signals.
     """
-    check_kind(model, Sequential, "model", "mlp([784, 30, 10])")
-    check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()")
-    check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
-    flags = {"shuffle": shuffle, "decay": decay, "determinism_check": determinism_check, "log": log}
-    for name, flag in {**flags, "streaming": streaming, "capture": capture}.items():
-        check_flag(flag, name)
-    _check_optional(scaler, saver, transform, show)
-    clip_norm = None if clip_norm is None else check_number(clip_norm, "clip_norm")
-    history = History() if history is None else check_kind(history, History, "history", "History()")
-    epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
-    at_once = streaming and clip_norm is None and scaler is None
-    terms: dict[str, Any] = {
-        "loss": loss, "optimizer": optimizer, "streaming": at_once, "accumulation_steps": accumulation_steps
-    }  # fmt: skip
-    if memory_budget is not None:
-        if not (isinstance(schedule, str) and schedule == "none"):
-            raise ValueError("give schedule or memory_budget, not both")
-        with _mode(model, training=True):
-            schedule = plan(model, batch_size, memory_budget=memory_budget, **terms).schedule
-    schedule, generator = as_schedule(schedule, len(model.layers), needs_saved(model.layers)), as_generator(rng)
-    prepared = transform or (lambda rows: rows)
-    with _mode(model, training=False):
-        _check_data(model, loss, "training data", training_data, prepared)
-        if test_data is not None:
-            _check_data(model, loss, "test data", test_data, prepared)
-            check_one_hot(test_data[1], "test data: y")
-    x, y = training_data
-    if batch_size > len(x):
-        raise ValueError(f"batch_size: {batch_size} is more than the {len(x)} training samples")
-    accumulation_steps = check_whole(accumulation_steps, "accumulation_steps", least=1)
-    if capture and (not at_once or accumulation_steps > 1 or determinism_check):
-        raise ValueError(
-            "capture: a step is recorded without accumulation_steps, clip_norm, scaler, determinism_check and "
-            "streaming=False; leave these out, or capture"
-        )
-    conditions = {
-        "loss": type(loss).__name__,
-        "optimizer": {"kind": type(optimizer).__name__, **optimizer.config()},
-        "batch_size": batch_size,
-        "accumulation_steps": accumulation_steps,
-        "clip_norm": clip_norm,
-        "scaler": scaler and scaler.config(),
-        "order": [type(generator.bit_generator).__name__, shuffle],
-        "epochs, while the learning rate falls": epochs if decay else None,
-        "training data": {"x": fingerprint(x, prepared), "y": fingerprint(y)} if saver else None,
-    }
-    rate = optimizer.learning_rate
-    run = TrainingRun(model, optimizer, scaler, generator, history, conditions, rate, len(history.epochs))
-    if saver is not None:
-        saver.begin(run)
-    if run.epoch >= epochs:
-        return history
-    step: Callable[[Iterator[Pair], int], float] = partial(
-        accumulated_step,
-        model,
-        loss,
-        optimizer,
-        schedule,
-        clip_norm=clip_norm,
-        scaler=scaler,
-        streaming=streaming,
-        determinism_check=determinism_check,
-    )
-    if capture:
-        captured = CapturedStep(model, loss, optimizer, schedule)
-        step = lambda micro_batches, samples: captured(*next(micro_batches))  # noqa: E731 - one of two
-    loop = _Loop(
-        run, step, x, y, test_data, prepared, batch_size, accumulation_steps, shuffle, epochs, decay, saver, show, log
-    )
-    with Interrupts() as interrupts:
-        if at_once and not capture:
-            few = prepared(x[:batch_size])
-            with _mode(model, training=True), explained(model, schedule, few, **terms):
-                rehearse(
-                    model.layers,
-                    schedule,
-                    few,
-                    lambda layer: optimizer.prepare(layer.parameters()),
-                    accumulating=accumulation_steps > 1,
+    ranks = Ranks(communicator)
+    with ranks.guard():
+        with ranks.together():
+            check_kind(model, Sequential, "model", "mlp([784, 30, 10])")
+            check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()")
+            check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
+            flags = {"shuffle": shuffle, "decay": decay, "determinism_check": determinism_check, "log": log}
+            for name, flag in {**flags, "streaming": streaming, "capture": capture}.items():
+                check_flag(flag, name)
+            _check_optional(scaler, saver, transform, show)
+            clip_norm = None if clip_norm is None else check_number(clip_norm, "clip_norm")
+            history = History() if history is None else check_kind(history, History, "history", "History()")
+            epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
+            at_once = streaming and clip_norm is None and scaler is None
+            terms: dict[str, Any] = {
+                "loss": loss, "optimizer": optimizer, "streaming": at_once, "accumulation_steps": accumulation_steps
+            }  # fmt: skip
+            if memory_budget is not None:
+                if not (isinstance(schedule, str) and schedule == "none"):
+                    raise ValueError("give schedule or memory_budget, not both")
+                with _mode(model, training=True):
+                    planned = plan(model, batch_size, memory_budget=memory_budget, ranks=ranks.size, **terms)
+                schedule = planned.schedule
+            schedule = as_schedule(schedule, len(model.layers), needs_saved(model.layers))
+            generator, prepared = as_generator(rng), transform or (lambda rows: rows)
+            with _mode(model, training=False):
+                _check_data(model, loss, "training data", training_data, prepared)
+                if test_data is not None:
+                    _check_data(model, loss, "test data", test_data, prepared)
+                    check_one_hot(test_data[1], "test data: y")
+            x, y = training_data
+            if batch_size > len(x):
+                raise ValueError(f"batch_size: {batch_size} is more than the {len(x)} training samples")
+            accumulation_steps = check_whole(accumulation_steps, "accumulation_steps", least=1)
+            if capture and (not at_once or accumulation_steps > 1 or determinism_check or ranks.size > 1):
+                raise ValueError(
+                    "capture: a step is recorded without accumulation_steps, clip_norm, scaler, determinism_check, "
+                    "streaming=False and a communicator; leave these out, or capture"
                 )
-        while run.epoch < epochs:
-            loop.epoch(interrupts)
-        if saver is not None:
-            try:
-                saver.save(run)
-            except TrainingDiverged as error:
-                raise _located(error, run.number - 1, loop.steps, loop.steps, saver) from None
+            conditions = {
+                "loss": type(loss).__name__,
+                "optimizer": {"kind": type(optimizer).__name__, **optimizer.config()},
+                "batch_size": batch_size,
+                "accumulation_steps": accumulation_steps,
+                "clip_norm": clip_norm,
+                "scaler": scaler and scaler.config(),
+                "order": [type(generator.bit_generator).__name__, shuffle],
+                "epochs, while the learning rate falls": epochs if decay else None,
+                "training data": _fingerprints(training_data, prepared) if saver or ranks.size > 1 else None,
+            }
+            rate = optimizer.learning_rate
+            run = TrainingRun(model, optimizer, scaler, generator, history, conditions, rate, len(history.epochs))
+            sums = GradientSums(ranks, model.layers, batch_size) if ranks.size > 1 else None
+        if sums is not None:
+            test = None if test_data is None else _fingerprints(test_data, prepared)
+            ranks.alike({**_versions(), "model": str(model), "epochs": epochs, "test data": test, **conditions})
+        saver = saver if ranks.rank == 0 else None
+        with ranks.together():
+            if saver is not None:
+                saver.begin(run)
+        if sums is not None:
+            run.share(ranks)
+        if run.epoch >= epochs:
+            return history
+        step: Callable[[Iterator[Pair], int], float] = partial(
+            accumulated_step,
+            model,
+            loss,
+            optimizer,
+            schedule,
+            clip_norm=clip_norm,
+            scaler=scaler,
+            streaming=streaming,
+            determinism_check=determinism_check,
+            sums=sums,
+        )
+        if capture:
+            captured = CapturedStep(model, loss, optimizer, schedule)
+            step = lambda micro_batches, samples: captured(*next(micro_batches))  # noqa: E731 - one of two
+        loop = _Loop(
+            run,
+            step,
+            x,
+            y,
+            test_data,
+            prepared,
+            batch_size,
+            accumulation_steps,
+            shuffle,
+            epochs,
+            decay,
+            saver,
+            show,
+            log and ranks.rank == 0,
+            ranks,
+        )
+        with Interrupts() as interrupts:
+            if at_once and not capture:
+                few = prepared(x[ranks.share(batch_size)])
+                with ranks.together(), _mode(model, training=True), explained(model, schedule, few, **terms):
+                    rehearse(
+                        model.layers,
+                        schedule,
+                        few,
+                        lambda layer: optimizer.prepare(layer.parameters()),
+                        accumulating=accumulation_steps > 1,
+                    )
+            while run.epoch < epochs:
+                loop.epoch(interrupts)
+            if saver is not None:
+                try:
+                    saver.save(run)
+                except TrainingDiverged as error:
+                    raise _located(error, run.number - 1, loop.steps, loop.steps, saver) from None
     return history
+
+
+def _fingerprints(pair: Pair, prepared: Callable[[Array], Array]) -> dict[str, str]:
+    return {"x": fingerprint(pair[0], prepared), "y": fingerprint(pair[1])}
+
+
+def _versions() -> dict[str, str]:
+    """What has to be the same on all ranks."""
+    return {"npnet": npnet.__version__, "NumPy": np.__version__, "Python": platform.python_version()}
 
 
 @dataclass
@@ -216,6 +266,7 @@ class _Loop:
     saver: Saver | None
     show: Mapping[str, str] | None
     log: bool
+    ranks: Ranks
 
     @property
     def window(self) -> int:
@@ -231,7 +282,7 @@ class _Loop:
         """An epoch, from its beginning or from where it was saved."""
         from tqdm.auto import tqdm
 
-        run, model, optimizer, steps = self.run, self.run.model, self.run.optimizer, self.steps
+        run, model, optimizer, steps, ranks = self.run, self.run.model, self.run.optimizer, self.steps, self.ranks
         run.begin_epoch()
         done, score = len(run.losses), None
         number = done  # of the step under way
@@ -239,11 +290,12 @@ class _Loop:
         progress = tqdm(total=steps, initial=done, **what)
         try:
             start = done * self.window
-            raw = batches(self.x, self.y, self.batch_size, run.generator, self.shuffle, start=start)
+            part = (ranks.rank, ranks.size)
+            raw = batches(self.x, self.y, self.batch_size, run.generator, self.shuffle, start=start, part=part)
             micro_batches = ((self.prepared(rows), targets) for rows, targets in raw)
             with _mode(model, training=True):
                 for number in range(done, steps):
-                    began = time.perf_counter()
+                    began, ranks.signal = time.perf_counter(), interrupts.pending
                     if self.decay:
                         past = (run.epoch * steps + number) / (self.epochs * steps)
                         optimizer.learning_rate = run.learning_rate * (1 - past)
@@ -253,10 +305,17 @@ class _Loop:
                     if self.log:
                         progress.set_postfix(_readings(run.losses, run.history.accuracy, self.show), refresh=False)
                     progress.update()
+                    if ranks.size > 1:  # all end after the same step
+                        ending = interrupts.pending = ranks.agreed_signal
+                    else:
+                        ending = interrupts.pending
                     if self.saver is not None:
-                        self.saver.step_done(run, ending=interrupts.pending is not None)
+                        self.saver.step_done(run, ending=ending is not None)
                     interrupts.check()
-            score = None if self.test_data is None else _evaluated(model, self.prepared, *self.test_data)
+            score = None if self.test_data is None else _evaluated(model, self.prepared, *self.test_data, ranks)
+            if ranks.size > 1:
+                weights = [digest(parameter.value).hex()[:16] for parameter in model.parameters()]
+                ranks.alike({f"weights after epoch {run.number}": weights})
             progress.set_postfix(_readings(run.losses, score, self.show))
         except TrainingDiverged as error:
             raise _located(error, run.number, min(number + 1, steps), steps, self.saver) from None
@@ -266,17 +325,21 @@ class _Loop:
             run.end_epoch(score)
 
 
-def _evaluated(model: Sequential, prepared: Callable[[Array], Array], x: Array, y: Array) -> float:
-    """The accuracy.
+def _evaluated(model: Sequential, prepared: Callable[[Array], Array], x: Array, y: Array, ranks: Ranks) -> float:
+    """The accuracy; each rank evaluates its share.
 
     Raises:
         TrainingDiverged: an output is not finite; with the layer where that begins.
     """
-    with _mode(model, training=False):
+    share, samples = ranks.share(len(x)), len(x)
+    x, y, score = x[share], y[share], 0.0
+    with ranks.together(), _mode(model, training=False):
         try:
-            return accuracy(lambda rows: model.predict(prepared(rows)), x, y)
+            if len(x):
+                score = accuracy(lambda rows: model.predict(prepared(rows)), x, y)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error}; {first_not_finite(model.layers, prepared(x[:1000]))}") from None
+    return ranks.total(round(score * len(x))) / samples
 
 
 def _located(error: TrainingDiverged, epoch: int, step: int, steps: int, saver: Saver | None) -> TrainingDiverged:

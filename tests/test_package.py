@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "npnet").glob("*.py"))}
 ORDER = [
     *(
+        "launch",
         "backend",
         "checks",
         "files",
@@ -32,6 +33,8 @@ ORDER = [
         "blocks",
         "losses",
         "optimizers",
+        "device_ranks",
+        "ranks",
     ),
     *(
         "schedule",
@@ -45,6 +48,7 @@ ORDER = [
         "checkpoint",
         "failures",
         "precision",
+        "gradient_sums",
         "step",
         "interrupts",
         "stand_in",
