@@ -2,8 +2,10 @@
 """The command line: npnet train | plan | compare | device | data."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,11 +19,13 @@ from npnet.backend import BackendUnavailable, get_backend
 from npnet.device import compare_devices
 from npnet.failures import OutOfMemory
 from npnet.files import write_text
+from npnet.launch import launched
 from npnet.losses import LOSSES, TrainingDiverged
 from npnet.memory import parse_bytes
 from npnet.optimizers import OPTIMIZERS
 from npnet.plan_report import plan_report
 from npnet.plans import InfeasibleBudget
+from npnet.ranks import RankFailed, Ranks, world
 from npnet.report import Table, describe_sizes, write_json
 from npnet.saver import Saver
 
@@ -33,6 +37,7 @@ examples:
   npnet train --checkpoint-every 4          a checkpoint every 4 layers
   npnet train --memory-budget "8 MB"        the cheapest schedule that keeps to 8 MB
   npnet train --save-every 100 --resume --out runs/mnist    lose at most 100 steps, whatever happens
+  mpiexec -n 4 npnet train                  in four processes, which share each batch (pip install 'npnet[mpi]')
   npnet train --classic                     the lab exercise: sigmoid, quadratic cost, in order, eta 3
   npnet train --arch 784,256x4,10 --activation tanh --optimizer sgd --learning-rate 0.1
 """
@@ -199,6 +204,34 @@ def resumed_settings(options: argparse.Namespace, save: Path) -> mnist.Settings:
 
 def run_train(options: argparse.Namespace) -> int:
     """npnet train."""
+    ranks = Ranks(world())
+    with ranks.guard():
+        with ranks.together():
+            pass  # where the arguments of another rank were refused: see _parsed
+        ranks.alike({name: repr(each) for name, each in vars(options).items() if name not in ("run", "memory_budget")})
+        with ranks.together():
+            settings, saver = _begun(options)
+        mnist.train(
+            ranks.broadcast(settings),  # a save may be where rank 0 is alone
+            options.checkpoint_every,
+            get_backend(options.backend),
+            memory_budget=options.memory_budget,
+            capture=options.capture,
+            data=options.data,
+            out=options.out,
+            saver=saver,
+            ranks=ranks,
+            log=not options.quiet,
+        )
+    return 0
+
+
+def _begun(options: argparse.Namespace) -> tuple[mnist.Settings, Saver | None]:
+    """How to train, and what saves it: anew, or as the save says.
+
+    Raises:
+        ValueError, OSError, SaveError: the options contradict the save, or it cannot be read.
+    """
     settings, saver = settings_of(options), None
     if options.save_every is not None or options.resume:
         if options.out is None:
@@ -216,18 +249,7 @@ def run_train(options: argparse.Namespace) -> int:
             stop_on_error=options.stop_on_save_error,
             about=about,
         )
-    mnist.train(
-        settings,
-        options.checkpoint_every,
-        get_backend(options.backend),
-        memory_budget=options.memory_budget,
-        capture=options.capture,
-        data=options.data,
-        out=options.out,
-        saver=saver,
-        log=not options.quiet,
-    )
-    return 0
+    return settings, saver
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -281,6 +303,20 @@ def run_data(options: argparse.Namespace) -> int:
     return 0
 
 
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; if they are refused on this rank alone, the others get to know."""
+    try:
+        options = parser.parse_args(arguments)
+        if launched() is not None and options.run is not run_train:
+            parser.error(f"npnet {options.command} runs in one process, without mpiexec; npnet train runs in many")
+        return options
+    except SystemExit as error:
+        if error.code and launched() is not None:
+            with suppress(ImportError, ValueError), Ranks(world()).together():
+                raise ValueError("its arguments are wrong") from None
+        raise
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0, 1 for what went wrong, 2 for bad arguments, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = build_parser()
@@ -290,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         argcomplete.autocomplete(parser)
     except ImportError:
         pass
-    options = parser.parse_args(arguments)
+    options = _parsed(parser, arguments)
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -304,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"npnet {options.command}: out of memory ({error}); try a smaller --arch or --batch-size", file=sys.stderr
         )
         return 1
-    except (OSError, datasets.DataError, SaveError, TrainingDiverged, ImportError) as error:
+    except (OSError, datasets.DataError, SaveError, TrainingDiverged, RankFailed, ImportError) as error:
         print(f"npnet {options.command}: {error}", file=sys.stderr)
         return 1
     except (TypeError, ValueError, BackendUnavailable) as error:
@@ -313,5 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """The console script."""
-    sys.exit(main())
+    """The console script; of several ranks the first one alone speaks."""
+    launch = launched()
+    if launch is None or not launch.rank:
+        sys.exit(main())
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        sys.exit(main())

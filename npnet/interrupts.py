@@ -29,16 +29,17 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if error is None:
-            self.check()
+            self.check(self.pending)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again, self.pending = self.pending is not None, number
         if again:
-            self.check()
+            self.check(number)
 
-    def check(self) -> None:
-        """Raise KeyboardInterrupt for a SIGINT that came, SystemExit for a SIGTERM."""
-        if self.pending == signal.SIGINT:
+    @staticmethod
+    def check(number: int | None) -> None:
+        """Raise KeyboardInterrupt for SIGINT, SystemExit for SIGTERM, and nothing for None."""
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.pending is not None:
-            raise SystemExit(128 + self.pending)  # as a shell reports it
+        if number is not None:
+            raise SystemExit(128 + number)  # as a shell reports it

@@ -21,6 +21,7 @@ from npnet.memory import format_bytes
 from npnet.network import Network
 from npnet.optimizers import OPTIMIZERS
 from npnet.planner import plan
+from npnet.ranks import Ranks
 from npnet.report import Table, describe_sizes, write_json
 from npnet.run import History
 from npnet.saver import Saver
@@ -84,6 +85,7 @@ def train(
     data: str | None = None,
     out: Path | None = None,
     saver: Saver | None = None,
+    ranks: Ranks | None = None,
     log: bool = True,
 ) -> None:
     """Train on MNIST, print a report, and write it to ``out``: metrics.json, metrics.csv, training.png.
@@ -95,32 +97,46 @@ def train(
         data: MNIST's file or folder, if it is not to be searched.
         out: an existing folder, or None.
         saver: saves the training, and goes on with it (see `npnet.Saver`).
+        ranks: the processes that share each batch. Rank 0 alone measures steps, on its own share, and writes.
         log: show progress bars.
 
     Raises:
         InfeasibleBudget: no schedule keeps to the budget.
         TrainingDiverged, KeyboardInterrupt, SystemExit: after what was measured so far is printed and written.
     """
+    ranks = ranks or Ranks()
     if settings.arch[0] != 784 or settings.arch[-1] != 10:
         raise ValueError(f"MNIST needs 784 inputs and 10 outputs, the network is {describe_sizes(settings.arch)}")
-    model = build(settings, backend)
-    loss, optimizer = LOSSES[settings.loss](), OPTIMIZERS[settings.optimizer](settings.learning_rate)
-    strategy = checkpoints if memory_budget is None else "optimal"
-    plans = [
-        plan(model, settings.batch_size, strategy=how, memory_budget=budget, loss=loss, optimizer=optimizer)
-        for how, budget in (("none", None), (strategy, memory_budget))
-    ]
-    print("loading MNIST", flush=True)
-    training_data, test_data = _load(settings, backend, data)
+    with ranks.together():
+        model = build(settings, backend)
+        loss, optimizer = LOSSES[settings.loss](), OPTIMIZERS[settings.optimizer](settings.learning_rate)
+        strategy = checkpoints if memory_budget is None else "optimal"
+        plans = [
+            plan(
+                model,
+                settings.batch_size,
+                strategy=how,
+                memory_budget=budget,
+                loss=loss,
+                optimizer=optimizer,
+                ranks=ranks.size,
+            )
+            for how, budget in (("none", None), (strategy, memory_budget))
+        ]
+        print("loading MNIST", flush=True)
+        training_data, test_data = _load(settings, backend, data)
 
-    title = f"{settings}, checkpoints: {plans[-1].schedule.name}"
+    shared = f" on {ranks.size} ranks" if ranks.size > 1 else ""
+    title = f"{settings}{shared}, checkpoints: {plans[-1].schedule.name}"
     print(title, flush=True)
     if memory_budget is not None:
         print(f"\n{plans[-1].describe()}\n", flush=True)
     transform = partial(scaled, dtype=settings.dtype)
-    x, y = (part[: settings.batch_size] for part in training_data)
-    predicted = {each.schedule: each.peak_bytes for each in plans}
-    costs = step_costs(model, loss, optimizer, predicted, transform(x), y)
+    x, y = (part[: plans[0].batch_size] for part in training_data)
+    # what is measured is a step by itself, without the buffers in which gradients are summed
+    predicted = {each.schedule: each.peak_bytes - each.chain.communication for each in plans}
+    costs = [] if ranks.rank else step_costs(model, loss, optimizer, predicted, transform(x), y)
+    ranks.wait_for_all()
 
     history, outcome = History(), ""
     try:
@@ -140,7 +156,8 @@ def train(
             decay=settings.decay == "linear",
             history=history,
             saver=saver,
-            show={"peak memory": format_bytes(costs[-1].peak_bytes)},
+            show={"peak memory": format_bytes(costs[-1].peak_bytes)} if costs else None,
+            communicator=ranks,
             log=log,
         )
         outcome = "finished"
@@ -154,8 +171,8 @@ def train(
         outcome = f"failed: {error}" if history.epochs else ""
         raise
     finally:
-        if outcome:  # else nothing was trained, and what is in ``out`` stays
-            _report(settings, title, history, costs, list(predicted.values()), outcome, out, saver)
+        if outcome and not ranks.rank:  # else nothing was trained, and what is in ``out`` stays
+            _report(settings, title, history, costs, list(predicted.values()), outcome, out, saver, ranks.size)
 
 
 def build(settings: Settings, backend: Backend) -> Sequential:
@@ -195,8 +212,10 @@ def _report(
     outcome: str,
     out: Path | None,
     saver: Saver | None,
+    ranks: int,
 ) -> None:
-    table = Table("costs", "A training step, measured before the training", compare_costs(costs, predicted))
+    share = f" on rank 0's share of a batch, one of {ranks}" if ranks > 1 else ""
+    table = Table("costs", f"A training step{share}, measured before the training", compare_costs(costs, predicted))
     if history.accuracy is not None:
         print(f"\ntest accuracy {100 * history.accuracy:.2f} %, {history.seconds:.1f} s in training steps ({outcome})")
     print(f"\n{table}")
@@ -208,6 +227,7 @@ def _report(
         "outcome": outcome,
         "test_accuracy": history.accuracy,
         "seconds": history.seconds,
+        "ranks": ranks,
         "costs": table.rows,
         "epochs": history.rows(),
         "settings": asdict(settings),

@@ -286,7 +286,7 @@ class Network(Savable):
                         self.update_mini_batch((x[rows], y[rows]), eta)
                     except TrainingDiverged as error:
                         raise TrainingDiverged(f"epoch {epoch}, step {step}, eta {eta}: {error}") from None
-                    interrupts.check()
+                    interrupts.check(interrupts.pending)
                 if log and test_data is not None:
                     print(f"Epoch: {epoch}, Accuracy: {self.evaluate(test_data)}")
                 elif log:

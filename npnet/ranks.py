@@ -43,8 +43,8 @@ def world() -> Any:
     """The communicator of all processes that ``mpiexec`` has started, or None without it.
 
     Raises:
-        ImportError: there are several processes, and no mpi4py.
-        RuntimeError: mpi4py does not see the others, since it uses another MPI than ``mpiexec``.
+        ImportError: there are several processes, and no mpi4py; or it does not see the others, since it uses another
+            MPI than ``mpiexec``.
     """
     launch = launched()
     if launch is None:
@@ -54,7 +54,7 @@ def world() -> Any:
     except ImportError as error:
         raise ImportError(f"npnet was started in {launch.size} processes: {INSTALL} ({error})") from error
     if MPI.COMM_WORLD.Get_size() != launch.size:
-        raise RuntimeError(
+        raise ImportError(
             f"mpiexec started {launch.size} processes, but mpi4py sees {MPI.COMM_WORLD.Get_size()}: the two are of "
             f"different MPIs. mpi4py uses {MPI.Get_library_version().strip().splitlines()[0]}; take its mpiexec"
         )
@@ -167,6 +167,7 @@ class Ranks:
 
         The message is printed, and ``MPI_Abort`` called: the others may be anywhere.
         """
+        self.ending = False
         try:
             yield
         except BaseException as error:
@@ -221,7 +222,14 @@ class Ranks:
                 self._check_part(part, f"the loss of rank {rank} of {self.size}", there)
             self._check_part(loss, "the sum of all ranks' losses", "each of them is finite")
         self.agreed_signal = signal.SIGINT if interrupts else signal.SIGTERM if terminations else None
+        self.ending = self.agreed_signal is not None
         return loss
+
+    def any_signal(self, number: int | None) -> int | None:
+        """A signal that has come to some rank, on all ranks: the end of all, if there is one."""
+        came = [each for each in self._everybodys(number) if each is not None]
+        self.ending = bool(came)
+        return came[0] if came else None
 
     def start_sum(self, buffer: Array) -> Any:
         """Begin to replace ``buffer``, (numbers,), by the sum of all ranks'; returns the request to wait for."""

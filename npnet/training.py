@@ -122,7 +122,7 @@ def fit(
         FileExistsError, SaveError, OSError: see `npnet.Saver`.
         KeyboardInterrupt, SystemExit: the signals.
     """
-    ranks = Ranks(communicator)
+    ranks = communicator if isinstance(communicator, Ranks) else Ranks(communicator)
     with ranks.guard():
         with ranks.together():
             check_kind(model, Sequential, "model", "mlp([784, 30, 10])")
@@ -236,6 +236,7 @@ def fit(
                     saver.save(run)
                 except TrainingDiverged as error:
                     raise _located(error, run.number - 1, loop.steps, loop.steps, saver) from None
+            interrupts.pending = ranks.any_signal(interrupts.pending)
     return history
 
 
@@ -305,13 +306,11 @@ class _Loop:
                     if self.log:
                         progress.set_postfix(_readings(run.losses, run.history.accuracy, self.show), refresh=False)
                     progress.update()
-                    if ranks.size > 1:  # all end after the same step
-                        ending = interrupts.pending = ranks.agreed_signal
-                    else:
-                        ending = interrupts.pending
+                    # several ranks end after the same step, whenever each one's signal came
+                    ending = interrupts.pending if ranks.size == 1 else ranks.agreed_signal
                     if self.saver is not None:
                         self.saver.step_done(run, ending=ending is not None)
-                    interrupts.check()
+                    interrupts.check(ending)
             score = None if self.test_data is None else _evaluated(model, self.prepared, *self.test_data, ranks)
             if ranks.size > 1:
                 weights = [digest(parameter.value).hex()[:16] for parameter in model.parameters()]
