@@ -42,6 +42,7 @@ from npnet.planner import Tradeoff, plan, tradeoff
 from npnet.plans import InfeasibleBudget, Plan
 from npnet.precision import GradScaler, mixed_precision
 from npnet.random import set_seed
+from npnet.ranks import RankFailed
 from npnet.run import History
 from npnet.saver import Saver
 from npnet.schedule import InvalidSchedule, Schedule
@@ -84,6 +85,7 @@ __all__ = [
     "Parameter",
     "Plan",
     "Quadratic",
+    "RankFailed",
     "ReLU",
     "Residual",
     "SaveError",

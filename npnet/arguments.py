@@ -10,6 +10,45 @@ from npnet import schedules
 from npnet.checks import check_number, check_sizes, check_whole
 from npnet.schedules import ScheduleLike
 
+EXAMPLES = {
+    "train": """\
+examples:
+  npnet train                               a deep network on MNIST, with checkpointing
+  npnet train --out runs/mnist              and metrics.json, metrics.csv, training.png
+  npnet train --checkpoint-every 0          the same training without checkpointing
+  npnet train --checkpoint-every 4          a checkpoint every 4 layers
+  npnet train --memory-budget "8 MB"        the cheapest schedule that keeps to 8 MB
+  npnet train --save-every 100 --resume --out runs/mnist    lose at most 100 steps, whatever happens
+  mpiexec -n 4 npnet train                  in four processes, which share each batch (pip install 'npnet[mpi]')
+  npnet train --classic                     the lab exercise: sigmoid, quadratic cost, in order, eta 3
+  npnet train --arch 784,256x4,10 --activation tanh --optimizer sgd --learning-rate 0.1
+""",
+    "plan": """\
+examples:
+  npnet plan                                what a step of npnet train takes under the usual strategies
+  npnet plan --memory-budget 8MB            and the cheapest schedule for 8 MB, in words
+  npnet plan --arch 784,30x50,10 --batch-size 4096 --every 7 --plot plan.png
+  npnet plan --memory-budget 8MB --measure --json plan.json
+""",
+    "compare": """\
+examples:
+  npnet compare --quick                     a tenth of the data, and fewer rounds
+  npnet compare --out runs/report           and report.txt, report.json, a .csv and a .png for each table
+""",
+    "device": """\
+examples:
+  npnet device                              two 5000 x 5000 matrices on the CPU, and on the GPU where there is one
+  npnet device --size 1000 --repeats 20
+""",
+    "data": """\
+examples:
+  npnet data                                where MNIST is looked for, and where it is
+  npnet data verify                         check every byte of it
+  npnet data fetch                          download it into the cache
+""",
+}
+"""What each command's --help ends with."""
+
 
 def parse_arch(text: str) -> tuple[int, ...]:
     """Layer sizes from "784,30x4,10".

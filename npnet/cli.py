@@ -14,7 +14,7 @@ import npnet
 from npnet import compare, datasets, mnist
 from npnet.activations import ACTIVATIONS
 from npnet.archive import SaveError
-from npnet.arguments import argument, number, parse_arch, parse_checkpoints, parse_file, parse_out, whole
+from npnet.arguments import EXAMPLES, argument, number, parse_arch, parse_checkpoints, parse_file, parse_out, whole
 from npnet.backend import BackendUnavailable, get_backend
 from npnet.device import compare_devices
 from npnet.failures import OutOfMemory
@@ -28,42 +28,6 @@ from npnet.plans import InfeasibleBudget
 from npnet.ranks import RankFailed, Ranks, world
 from npnet.report import Table, describe_sizes, write_json
 from npnet.saver import Saver
-
-TRAIN_EXAMPLES = """\
-examples:
-  npnet train                               a deep network on MNIST, with checkpointing
-  npnet train --out runs/mnist              and metrics.json, metrics.csv, training.png
-  npnet train --checkpoint-every 0          the same training without checkpointing
-  npnet train --checkpoint-every 4          a checkpoint every 4 layers
-  npnet train --memory-budget "8 MB"        the cheapest schedule that keeps to 8 MB
-  npnet train --save-every 100 --resume --out runs/mnist    lose at most 100 steps, whatever happens
-  mpiexec -n 4 npnet train                  in four processes, which share each batch (pip install 'npnet[mpi]')
-  npnet train --classic                     the lab exercise: sigmoid, quadratic cost, in order, eta 3
-  npnet train --arch 784,256x4,10 --activation tanh --optimizer sgd --learning-rate 0.1
-"""
-PLAN_EXAMPLES = """\
-examples:
-  npnet plan                                what a step of npnet train takes under the usual strategies
-  npnet plan --memory-budget 8MB            and the cheapest schedule for 8 MB, in words
-  npnet plan --arch 784,30x50,10 --batch-size 4096 --every 7 --plot plan.png
-  npnet plan --memory-budget 8MB --measure --json plan.json
-"""
-COMPARE_EXAMPLES = """\
-examples:
-  npnet compare --quick                     a tenth of the data, and fewer rounds
-  npnet compare --out runs/report           and report.txt, report.json, a .csv and a .png for each table
-"""
-DEVICE_EXAMPLES = """\
-examples:
-  npnet device                              two 5000 x 5000 matrices on the CPU, and on the GPU where there is one
-  npnet device --size 1000 --repeats 20
-"""
-DATA_EXAMPLES = """\
-examples:
-  npnet data                                where MNIST is looked for, and where it is
-  npnet data verify                         check every byte of it
-  npnet data fetch                          download it into the cache
-"""
 
 
 def default(name: str) -> str:
@@ -89,9 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    train = command("train", run_train, "Train on MNIST, and measure time and memory of a step.", TRAIN_EXAMPLES)
+    train = command("train", run_train, "Train on MNIST, and measure time and memory of a step.", EXAMPLES["train"])
     plan = command(
-        "plan", run_plan, "What a training step will take, and the cheapest schedule for a budget.", PLAN_EXAMPLES
+        "plan", run_plan, "What a training step will take, and the cheapest schedule for a budget.", EXAMPLES["plan"]
     )
     for sub in (train, plan):
         sub.add_argument(
@@ -149,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare = command(
         "compare", run_compare, "The lab exercise's report: accuracy, time, memory, with and without checkpointing.",
-        COMPARE_EXAMPLES,
+        EXAMPLES["compare"],
     )  # fmt: skip
     compare.add_argument("--quick", action="store_true", help="a tenth of the data, and fewer rounds")
     for sub in (train, compare):
@@ -158,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=argument(parse_out), metavar="DIR", help="write results and pictures there")
     device = command(
         "device", run_device, "Create and multiply matrices on the CPU and on the GPU, and compare the times.",
-        DEVICE_EXAMPLES,
+        EXAMPLES["device"],
     )  # fmt: skip
     device.add_argument("--size", type=argument(whole("size", 1)), default=5000, help="rows and columns (default 5000)")
     device.add_argument(
@@ -166,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data = command(
         "data", run_data, "Show, verify or fetch the MNIST file.",
-        DATA_EXAMPLES,
+        EXAMPLES["data"],
     )  # fmt: skip
     data.add_argument("action", nargs="?", choices=["show", "verify", "fetch"], default="show")
     data.add_argument("--data", metavar="PATH", help="MNIST file or its folder; for fetch the folder to fill")

@@ -105,6 +105,8 @@ def train(
         TrainingDiverged, KeyboardInterrupt, SystemExit: after what was measured so far is printed and written.
     """
     ranks = ranks or Ranks()
+    if ranks.size > 1:
+        print(ranks.processes(), flush=True)
     if settings.arch[0] != 784 or settings.arch[-1] != 10:
         raise ValueError(f"MNIST needs 784 inputs and 10 outputs, the network is {describe_sizes(settings.arch)}")
     with ranks.together():

@@ -12,6 +12,8 @@ The words are those of the standard: MPI Forum, "MPI: A Message-Passing Interfac
 """
 
 import math
+import os
+import platform
 import signal
 import sys
 import time
@@ -120,6 +122,11 @@ class Ranks:
     def _everybodys(self, value: Any) -> list[Any]:
         """What each rank gives, on all ranks."""
         return [value] if self.size == 1 else self.communicator.allgather(value)
+
+    def processes(self) -> str:
+        """Who is who, for people: when a process is killed, ``mpiexec`` says its number."""
+        places = self._everybodys(f"process {os.getpid()} on {platform.node()}")
+        return ", ".join(f"rank {rank} is {place}" for rank, place in enumerate(places))
 
     def wait_for_all(self) -> None:
         """Go on when all ranks have come here; asleep meanwhile, so that those who work have the cores."""

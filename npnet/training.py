@@ -1,12 +1,7 @@
 """The training loop."""
 
-import itertools
 import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +10,6 @@ import numpy as np
 import npnet
 from npnet.backend import Array, backend_of
 from npnet.capture import CapturedStep
-from npnet.checkpoint import digest
 from npnet.checks import (
     check_callable,
     check_flag,
@@ -27,13 +21,13 @@ from npnet.checks import (
     check_pairs,
     check_whole,
 )
-from npnet.datasets import batches
-from npnet.failures import explained, first_not_finite, rehearse
+from npnet.epochs import Loop, located, mode
+from npnet.failures import explained, rehearse
 from npnet.gradient_sums import GradientSums
 from npnet.interrupts import Interrupts
 from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
-from npnet.losses import Loss, TrainingDiverged, accuracy
+from npnet.losses import Loss, TrainingDiverged
 from npnet.optimizers import Optimizer
 from npnet.planner import plan
 from npnet.precision import GradScaler
@@ -142,12 +136,12 @@ def fit(
             if memory_budget is not None:
                 if not (isinstance(schedule, str) and schedule == "none"):
                     raise ValueError("give schedule or memory_budget, not both")
-                with _mode(model, training=True):
+                with mode(model, training=True):
                     planned = plan(model, batch_size, memory_budget=memory_budget, ranks=ranks.size, **terms)
                 schedule = planned.schedule
             schedule = as_schedule(schedule, len(model.layers), needs_saved(model.layers))
             generator, prepared = as_generator(rng), transform or (lambda rows: rows)
-            with _mode(model, training=False):
+            with mode(model, training=False):
                 _check_data(model, loss, "training data", training_data, prepared)
                 if test_data is not None:
                     _check_data(model, loss, "test data", test_data, prepared)
@@ -177,7 +171,7 @@ def fit(
             sums = GradientSums(ranks, model.layers, batch_size) if ranks.size > 1 else None
         if sums is not None:
             test = None if test_data is None else _fingerprints(test_data, prepared)
-            ranks.alike({**_versions(), "model": str(model), "epochs": epochs, "test data": test, **conditions})
+            ranks.alike({**_versions(), "model": _said(model), "epochs": epochs, "test data": test, **conditions})
         saver = saver if ranks.rank == 0 else None
         with ranks.together():
             if saver is not None:
@@ -201,7 +195,7 @@ def fit(
         if capture:
             captured = CapturedStep(model, loss, optimizer, schedule)
             step = lambda micro_batches, samples: captured(*next(micro_batches))  # noqa: E731 - one of two
-        loop = _Loop(
+        loop = Loop(
             run,
             step,
             x,
@@ -221,7 +215,7 @@ def fit(
         with Interrupts() as interrupts:
             if at_once and not capture:
                 few = prepared(x[ranks.share(batch_size)])
-                with ranks.together(), _mode(model, training=True), explained(model, schedule, few, **terms):
+                with ranks.together(), mode(model, training=True), explained(model, schedule, few, **terms):
                     rehearse(
                         model.layers,
                         schedule,
@@ -235,7 +229,7 @@ def fit(
                 try:
                     saver.save(run)
                 except TrainingDiverged as error:
-                    raise _located(error, run.number - 1, loop.steps, loop.steps, saver) from None
+                    raise located(error, run.number - 1, loop.steps, loop.steps, saver) from None
             interrupts.pending = ranks.any_signal(interrupts.pending)
     return history
 
@@ -244,124 +238,17 @@ def _fingerprints(pair: Pair, prepared: Callable[[Array], Array]) -> dict[str, s
     return {"x": fingerprint(pair[0], prepared), "y": fingerprint(pair[1])}
 
 
+def _said(model: Sequential) -> Any:
+    """What a model is, as JSON: as far as it says."""
+    try:
+        return model.description()
+    except TypeError:  # a layer of one's own does not
+        return {name: list(parameter.value.shape) for name, parameter in model.named_parameters().items()}
+
+
 def _versions() -> dict[str, str]:
     """What has to be the same on all ranks."""
     return {"npnet": npnet.__version__, "NumPy": np.__version__, "Python": platform.python_version()}
-
-
-@dataclass
-class _Loop:
-    """What stays the same from epoch to epoch."""
-
-    run: TrainingRun
-    step: Callable[[Iterator[Pair], int], float]
-    x: Array
-    y: Array
-    test_data: Pair | None
-    prepared: Callable[[Array], Array]
-    batch_size: int
-    accumulation_steps: int
-    shuffle: bool
-    epochs: int
-    decay: bool
-    saver: Saver | None
-    show: Mapping[str, str] | None
-    log: bool
-    ranks: Ranks
-
-    @property
-    def window(self) -> int:
-        """Samples to an update."""
-        return self.batch_size * self.accumulation_steps
-
-    @property
-    def steps(self) -> int:
-        """Updates to an epoch."""
-        return -(-len(self.x) // self.window)
-
-    def epoch(self, interrupts: Interrupts) -> None:
-        """An epoch, from its beginning or from where it was saved."""
-        from tqdm.auto import tqdm
-
-        run, model, optimizer, steps, ranks = self.run, self.run.model, self.run.optimizer, self.steps, self.ranks
-        run.begin_epoch()
-        done, score = len(run.losses), None
-        number = done  # of the step under way
-        what = {"desc": f"epoch {run.number}", "unit": "step", "disable": not self.log, "mininterval": 0.5}
-        progress = tqdm(total=steps, initial=done, **what)
-        try:
-            start = done * self.window
-            part = (ranks.rank, ranks.size)
-            raw = batches(self.x, self.y, self.batch_size, run.generator, self.shuffle, start=start, part=part)
-            micro_batches = ((self.prepared(rows), targets) for rows, targets in raw)
-            with _mode(model, training=True):
-                for number in range(done, steps):
-                    began, ranks.signal = time.perf_counter(), interrupts.pending
-                    if self.decay:
-                        past = (run.epoch * steps + number) / (self.epochs * steps)
-                        optimizer.learning_rate = run.learning_rate * (1 - past)
-                    samples = min(self.window, len(self.x) - number * self.window)
-                    run.losses.append(self.step(itertools.islice(micro_batches, self.accumulation_steps), samples))
-                    run.seconds += time.perf_counter() - began
-                    if self.log:
-                        progress.set_postfix(_readings(run.losses, run.history.accuracy, self.show), refresh=False)
-                    progress.update()
-                    # several ranks end after the same step, whenever each one's signal came
-                    ending = interrupts.pending if ranks.size == 1 else ranks.agreed_signal
-                    if self.saver is not None:
-                        self.saver.step_done(run, ending=ending is not None)
-                    interrupts.check(ending)
-            score = None if self.test_data is None else _evaluated(model, self.prepared, *self.test_data, ranks)
-            if ranks.size > 1:
-                weights = [digest(parameter.value).hex()[:16] for parameter in model.parameters()]
-                ranks.alike({f"weights after epoch {run.number}": weights})
-            progress.set_postfix(_readings(run.losses, score, self.show))
-        except TrainingDiverged as error:
-            raise _located(error, run.number, min(number + 1, steps), steps, self.saver) from None
-        finally:
-            optimizer.learning_rate = run.learning_rate
-            progress.close()
-            run.end_epoch(score)
-
-
-def _evaluated(model: Sequential, prepared: Callable[[Array], Array], x: Array, y: Array, ranks: Ranks) -> float:
-    """The accuracy; each rank evaluates its share.
-
-    Raises:
-        TrainingDiverged: an output is not finite; with the layer where that begins.
-    """
-    share, samples = ranks.share(len(x)), len(x)
-    x, y, score = x[share], y[share], 0.0
-    with ranks.together(), _mode(model, training=False):
-        try:
-            if len(x):
-                score = accuracy(lambda rows: model.predict(prepared(rows)), x, y)
-        except TrainingDiverged as error:
-            raise TrainingDiverged(f"{error}; {first_not_finite(model.layers, prepared(x[:1000]))}") from None
-    return ranks.total(round(score * len(x))) / samples
-
-
-def _located(error: TrainingDiverged, epoch: int, step: int, steps: int, saver: Saver | None) -> TrainingDiverged:
-    """The error, with where in the training it was, and what is left of that."""
-    saved = f"; {saver.last}" if saver else ""
-    return TrainingDiverged(f"epoch {epoch}, step {step} of {steps}: {error}{saved}")
-
-
-@contextmanager
-def _mode(model: Sequential, training: bool) -> Iterator[None]:
-    """The model in training, or in evaluation, and then again as it was."""
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)
-
-
-def _readings(losses: list[float], score: float | None, show: Mapping[str, str] | None) -> dict[str, str]:
-    """What stands behind the progress bar: the mean of the last 100 losses, and the last accuracy on the test data."""
-    accuracy = "-" if score is None else f"{score:.4f}"
-    return {"loss": f"{statistics.fmean(losses[-100:]):.4f}", "test accuracy": accuracy, **(show or {})}
 
 
 def _check_optional(scaler: Any, saver: Any, transform: Any, show: Any) -> None:

@@ -1,0 +1,90 @@
+"""``mpiexec -n 2 npnet train``: one voice, one set of files, one end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.small_mnist import first_digits, write
+from tests.test_ranks import MPIEXEC, ended, pytestmark  # noqa: F401 - skipped where that is
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = ["--quiet", "--arch", "784,16x6,10", "--dtype", "float64", "--epochs", "2", "--batch-size", "100"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small MNIST file."""
+    return write(tmp_path_factory.mktemp("small"), first_digits(650, 200)).parent
+
+
+def npnet(*groups: tuple[int, list[Any]]) -> tuple[int, str, str]:
+    """``mpiexec -n ranks npnet arguments``, for one or more groups of ranks with arguments of their own."""
+    command: list[str] = []
+    for ranks, arguments in groups:
+        command += [":"] * bool(command) + ["-n", str(ranks), sys.executable, "-m", "npnet", *map(str, arguments)]
+    process = subprocess.Popen(
+        [str(MPIEXEC), *command],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return ended(process, 60)
+
+
+def test_rank_0_alone_speaks_and_writes_and_the_numbers_are_those_of_one_process(small: Path, tmp_path: Path) -> None:
+    losses = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        code, printed, err = npnet((ranks, ["train", *OPTIONS, "--data", small, "--out", out, "--save-every", 5]))
+        assert (code, err) == (0, "")
+        assert printed.count("test accuracy") == 1
+        assert (f"rank {ranks - 1} is process " in printed) == (ranks > 1)
+        assert (" on 2 ranks, checkpoints: " in printed) == (ranks > 1)
+        metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        assert metrics["ranks"] == ranks
+        losses.append([epoch["loss"] for epoch in metrics["epochs"]])
+        assert sorted(path.name for path in out.iterdir()) == [
+            "metrics.csv",
+            "metrics.json",
+            "save.npz",
+            "training.png",
+        ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_a_training_goes_on_with_the_settings_of_its_save(small: Path, tmp_path: Path) -> None:
+    first = ["train", *OPTIONS, "--data", small, "--out", tmp_path, "--save-every", 5]
+    assert npnet((2, first))[0] == 0
+    code, printed, err = npnet((3, ["train", "--quiet", "--data", small, "--out", tmp_path, "--resume"]))
+    assert (code, err) == (0, "")
+    assert "784,16x6,10 relu, softmax_cross_entropy, adam 0.001, batch 100, float64 on 3 ranks" in printed
+
+
+def test_bad_arguments_are_refused_once(small: Path) -> None:
+    code, _, err = npnet((3, ["train", "--epochs", 0]))
+    assert code == 2
+    assert err.count("npnet train: error: argument --epochs: epochs: expected a whole number, at least 1, got 0") == 1
+    assert npnet((2, ["compare", "--quick"]))[2].endswith(
+        "npnet: error: npnet compare runs in one process, without mpiexec; npnet train runs in many\n"
+    )
+    code, _, err = npnet((2, ["train", "--data", small / "nowhere"]))
+    assert code == 1
+    assert err.startswith("npnet train: no MNIST file at ")
+    assert err.count("no MNIST file") == 1
+
+
+def test_ranks_with_other_arguments_are_refused(small: Path) -> None:
+    good = ["train", *OPTIONS, "--data", small]
+    code, _, err = npnet((1, good), (1, [*good, "--seed", 3]))
+    assert code == 2
+    assert err == "npnet train: error: all ranks must train alike: seed is 'None' on rank 0, '3' on rank 1\n"
+    code, _, err = npnet((1, good), (1, [*good, "--epochs", -1]))
+    assert code != 0
+    assert err == "npnet train: rank 1 of 2 failed: ValueError: its arguments are wrong\n"
