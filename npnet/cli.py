@@ -19,7 +19,7 @@ from npnet.backend import BackendUnavailable, get_backend
 from npnet.device import compare_devices
 from npnet.failures import OutOfMemory
 from npnet.files import write_text
-from npnet.launch import launched
+from npnet.launch import launched, supervise
 from npnet.losses import LOSSES, TrainingDiverged
 from npnet.memory import parse_bytes
 from npnet.optimizers import OPTIMIZERS
@@ -315,6 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run() -> NoReturn:
     """The console script; of several ranks the first one alone speaks."""
     launch = launched()
+    if launch is not None:
+        supervise(launch)
     if launch is None or not launch.rank:
         sys.exit(main())
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):

@@ -5,7 +5,10 @@ for the others, so each takes its part of the cores, unless the environment says
 """
 
 import os
+import platform
+import signal
 import sys
+import warnings
 from typing import NamedTuple
 
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -42,6 +45,32 @@ def share_cores(launch: Launch | None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name in THREADS:
         os.environ[name] = str(max(1, cores // max(1, launch.local_size)))
+
+
+def supervise(launch: Launch) -> None:
+    """Go on in a child process; this one stays behind, to say which rank it was if the child is killed.
+
+    Who is killed cannot say so, and ``mpiexec`` ends the others at once, naming any of them. Signals are the child's: they
+    are sent to the group of processes that both are in.
+    """
+    if not hasattr(os, "fork"):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # BLAS has threads, which it starts anew in a child
+        child = os.fork()
+    if not child:
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code >= 0:
+        os._exit(code)
+    name = signal.Signals(-code).name
+    sys.stderr.write(
+        f"rank {launch.rank} of {launch.size}, process {child} on {platform.node()}, was killed ({name})\n"
+    )
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGKILL)  # so that the launcher ends the others
 
 
 share_cores(launched())

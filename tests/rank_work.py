@@ -183,7 +183,10 @@ def fails() -> None:
 
 def failing(folder: Path) -> Any:
     """Rank 1 fails in a forward pass: before anything is summed, so all can be told."""
-    trained(with_layer(1, fails))
+    try:
+        trained(with_layer(1, fails))
+    except (ZeroDivisionError, npnet.RankFailed) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def failing_backward(folder: Path) -> Any:

@@ -153,11 +153,9 @@ def running(folder: Path, ranks: int) -> subprocess.Popen[str]:
     return process
 
 
-def kill(folder: Path, rank: int, number: int) -> str:
-    """Send a signal to one rank; returns its process's number."""
-    pid = (folder / f"pid {rank}").read_text(encoding="utf-8")
-    os.kill(int(pid), number)
-    return pid
+def kill(folder: Path, rank: int, number: int) -> None:
+    """Send a signal to one rank."""
+    os.kill(int((folder / f"pid {rank}").read_text(encoding="utf-8")), number)
 
 
 def resumes_to_the_same_weights(folder: Path, ranks: int, other: Path) -> bool:
@@ -170,10 +168,8 @@ def resumes_to_the_same_weights(folder: Path, ranks: int, other: Path) -> bool:
 
 def test_a_killed_rank_ends_all_within_seconds_and_the_save_goes_on(tmp_path: Path) -> None:
     process = running(tmp_path, 3)
-    pid = kill(tmp_path, 1, signal.SIGKILL)
-    code, out, err = ended(process, 10)
-    assert code != 0
-    assert pid in out + err  # mpiexec says which process it was
+    kill(tmp_path, 1, signal.SIGKILL)
+    assert ended(process, 10)[0] != 0
     assert resumes_to_the_same_weights(tmp_path, 3, tmp_path / "undisturbed")
 
 
@@ -190,9 +186,8 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path) -> No
 
 
 def test_a_rank_that_fails_before_anything_is_summed_is_named_on_all(tmp_path: Path) -> None:
-    err = failed(3, "failing", tmp_path)
-    assert err.count("npnet.ranks.RankFailed: rank 1 of 3 failed: ZeroDivisionError: on purpose") == 2
-    assert err.count("\nZeroDivisionError: on purpose") == 1
+    own, other = "ZeroDivisionError: on purpose", "RankFailed: rank 1 of 3 failed: ZeroDivisionError: on purpose"
+    assert work(3, "failing", tmp_path) == [other, own, other]
 
 
 def test_a_rank_that_fails_when_sums_are_under_way_ends_all(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from npnet.archive import read_archive
 from tests.small_mnist import first_digits, write
 from tests.test_ranks import MPIEXEC, ended, pytestmark  # noqa: F401 - skipped where that is
 
@@ -24,10 +28,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def npnet(*groups: tuple[int, list[Any]]) -> tuple[int, str, str]:
     """``mpiexec -n ranks npnet arguments``, for one or more groups of ranks with arguments of their own."""
+    return ended(begun(*groups), 60)
+
+
+def begun(*groups: tuple[int, list[Any]]) -> subprocess.Popen[str]:
+    """The same, under way."""
     command: list[str] = []
     for ranks, arguments in groups:
         command += [":"] * bool(command) + ["-n", str(ranks), sys.executable, "-m", "npnet", *map(str, arguments)]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [str(MPIEXEC), *command],
         env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
         stdin=subprocess.DEVNULL,
@@ -35,7 +44,6 @@ def npnet(*groups: tuple[int, list[Any]]) -> tuple[int, str, str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    return ended(process, 60)
 
 
 def test_rank_0_alone_speaks_and_writes_and_the_numbers_are_those_of_one_process(small: Path, tmp_path: Path) -> None:
@@ -88,3 +96,25 @@ def test_ranks_with_other_arguments_are_refused(small: Path) -> None:
     code, _, err = npnet((1, good), (1, [*good, "--epochs", -1]))
     assert code != 0
     assert err == "npnet train: rank 1 of 2 failed: ValueError: its arguments are wrong\n"
+
+
+def test_a_rank_that_is_killed_is_named_and_the_save_goes_on(small: Path, tmp_path: Path) -> None:
+    long = ["train", *OPTIONS, "--data", small, "--out", tmp_path, "--save-every", 1, "--resume", "--epochs", 2000]
+    process = begun((3, [*long, "--decay", "none"]))
+    assert process.stdout is not None
+    names = process.stdout.readline()
+    victim = int(re.findall(r"rank 1 is process (\d+) on ", names)[0])
+    until = time.monotonic() + 60
+    while not (tmp_path / "save.npz").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.kill(victim, signal.SIGKILL)
+    code, _, err = ended(process, 10)
+    assert code != 0
+    assert re.search(rf"^rank 1 of 3, process {victim} on .+, was killed \(SIGKILL\)$", err, re.MULTILINE)
+    epochs = len(read_archive(tmp_path / "save.npz")[0]["run"]["history"]) + 2
+    code, printed, err = npnet(
+        (2, ["train", "--quiet", "--data", small, "--out", tmp_path, "--resume", "--epochs", epochs])
+    )
+    assert (code, err) == (0, "")
+    assert f"the last good save is {tmp_path / 'save.npz'}: {epochs} epochs and 0 steps" in printed
