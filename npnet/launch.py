@@ -50,8 +50,8 @@ def share_cores(launch: Launch | None) -> None:
 def supervise(launch: Launch) -> None:
     """Go on in a child process; this one stays behind, to say which rank it was if the child is killed.
 
-    Who is killed cannot say so, and ``mpiexec`` ends the others at once, naming any of them. Signals are the child's: they
-    are sent to the group of processes that both are in.
+    Who is killed cannot say so, and ``mpiexec`` ends the others at once, naming any of them. Signals are the child's:
+    they are sent to the group of processes that both are in.
     """
     if not hasattr(os, "fork"):
         return
