@@ -63,9 +63,12 @@ class DeviceArray:
     __array_ufunc__ = None  # NumPy's ufuncs refuse it, and host_array + device_array comes to __radd__ below
 
     syncs: ClassVar[Counter[str]] = Counter()
+    account: ClassVar[Callable[[np.ndarray], None] | None] = None  # where memory is counted, too: tests/pool.py
 
     def __init__(self, data: np.ndarray) -> None:
         self._data = data
+        if self.account is not None:
+            self.account(data)
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("implicit conversion of a device array to a NumPy array; npnet.to_host is the explicit one")

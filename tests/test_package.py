@@ -22,6 +22,7 @@ ORDER = [
         "launch",
         "backend",
         "checks",
+        "pools",
         "files",
         "archive",
         "savable",
