@@ -15,6 +15,7 @@ from npnet.interrupts import Interrupts
 from npnet.layer import Pair
 from npnet.layers import Sequential
 from npnet.losses import TrainingDiverged, accuracy
+from npnet.pools import made_uncounted
 from npnet.ranks import Ranks
 from npnet.run import TrainingRun
 from npnet.saver import Saver
@@ -64,7 +65,7 @@ class Loop:
             start = done * self.window
             part = (ranks.rank, ranks.size)
             raw = batches(self.x, self.y, self.batch_size, run.generator, self.shuffle, start=start, part=part)
-            micro_batches = ((self.prepared(rows), targets) for rows, targets in raw)
+            micro_batches = made_uncounted((self.prepared(rows), targets) for rows, targets in raw)
             with mode(model, training=True):
                 for number in range(done, steps):
                     began, ranks.signal = time.perf_counter(), interrupts.pending

@@ -101,6 +101,14 @@ class Optimizer:
         """Change the parameter's value, overwriting ``gradient``, without allocating arrays: nothing may fail here."""
         raise NotImplementedError(f"{type(self).__name__}._update")
 
+    def held(self, parameters: Iterable[Parameter]) -> list[Array]:
+        """All arrays that there are from step to step: the parameters', and those that are kept of them."""
+        given = check_parameters(parameters)
+        held = [parameter.value for parameter in given]
+        for parameter in given:
+            held += [array for kind, array in self._state.get(parameter, {}).items() if kind != "steps"]
+        return held
+
     def config(self) -> dict[str, float]:
         """The arguments that make an optimizer like this one."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}

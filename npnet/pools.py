@@ -8,9 +8,11 @@ free in pieces included: whether a step keeps to that depends on what was cached
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
-from npnet.backend import backend_of
+from npnet.backend import Array, Backend, backend_of
+
+T = TypeVar("T")
 
 BLOCK = 512
 """Bytes: each array takes a whole number of these from a device's memory pool."""
@@ -76,6 +78,40 @@ class OwnPool:
         _keep(self.pool)
 
 
+class HardBudget:
+    """While it is entered, no more than ``budget`` bytes may be in use on a device (see `OwnPool`); on NumPy, nothing.
+
+    Args:
+        backend: that of the arrays.
+        budget: bytes, or None.
+        arrays: gives those that are there already, and count.
+    """
+
+    def __init__(self, backend: Backend, budget: int | None, arrays: Callable[[], list[Array]]) -> None:
+        self.backend, self.arrays = backend, arrays
+        self.budget = budget if hasattr(backend.xp, "cuda") else None
+        self._pool: OwnPool | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pool": None}  # a copy takes a pool of its own
+
+    def __enter__(self) -> None:
+        if self.budget is None:
+            return
+        self._pool = self._pool or OwnPool(self.backend.xp)
+        self._pool.limit = max(self.budget - sum(in_blocks(array.nbytes) for array in self.arrays()), 0)
+        self._pool.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.budget is not None and self._pool is not None:
+            self._pool.__exit__(*error)
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """``function(*args)``, within it."""
+        with self:
+            return function(*args)
+
+
 class _Active(threading.local):
     innermost: OwnPool | None = None
 
@@ -100,6 +136,17 @@ def uncounted() -> AbstractContextManager[Any]:
         innermost.xp.get_default_memory_pool().malloc
     )
     return using
+
+
+def made_uncounted(items: Iterator[T]) -> Iterator[T]:
+    """The items, each of which is made `uncounted`: batches of data."""
+    while True:
+        with uncounted():
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 def peak_of_pools(xp: Any, call: Callable[[], Any]) -> tuple[Any, int, int, int, int]:

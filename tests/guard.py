@@ -94,6 +94,9 @@ class DeviceArray:
         result = getattr(self._data, name)(*_unwrap(args), **_unwrap(kwargs))
         return _wrap(result, *kwargs.values())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceArray":
+        return DeviceArray(self._data.copy())  # in C order, whatever it was: as CuPy's
+
     def __len__(self) -> int:
         return len(self._data)
 
