@@ -257,12 +257,12 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     """
     max_norm, given = check_number(max_norm, "max_norm"), check_parameters(parameters)
     gradients = [each.gradient for each in given if each.gradient is not None]
-    squares = 0.0
+    squares: Any = 0.0
     for gradient in gradients:
         flat = gradient.ravel(order="K")
         with np.errstate(over="ignore", invalid="ignore"):  # found below
-            squares += float(array_module(flat).dot(flat, flat))
-    norm = check_finite(math.sqrt(squares), "the norm of the gradient")
+            squares = array_module(flat).dot(flat, flat).astype(np.float64) + squares
+    norm = check_finite(math.sqrt(float(squares)), "the norm of the gradient")  # on a device the one wait
     if norm > max_norm:
         for gradient in gradients:
             gradient *= max_norm / norm
