@@ -45,7 +45,7 @@ METHODS: dict[str, str] = {
 """The methods of a device array, each with the keywords that CuPy's takes: NumPy's take more (``where=``, say)."""
 
 ATTRIBUTES = frozenset({"dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides"})
-OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "rshift")
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 WAITING = frozenset({"argwhere", "flatnonzero", "nonzero", "unique"})
 """Functions whose result has a length that only the device knows, so that the host waits for it."""
