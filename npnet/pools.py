@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
+
 from npnet.backend import Array, Backend, backend_of
 
 T = TypeVar("T")
@@ -147,6 +149,11 @@ def made_uncounted(items: Iterator[T]) -> Iterator[T]:
             except StopIteration:
                 return
         yield item
+
+
+def pinned_bytes(xp: Any, count: int) -> Array:
+    """So many bytes of the host's memory, which the device reads and writes by itself while the host goes on."""
+    return np.frombuffer(xp.cuda.alloc_pinned_memory(max(count, 1)), np.uint8, count)
 
 
 def peak_of_pools(xp: Any, call: Callable[[], Any]) -> tuple[Any, int, int, int, int]:

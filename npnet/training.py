@@ -23,6 +23,7 @@ from npnet.checks import (
 )
 from npnet.epochs import Loop, located, mode
 from npnet.failures import explained, rehearse
+from npnet.feeding import Feed
 from npnet.gradient_sums import GradientSums
 from npnet.interrupts import Interrupts
 from npnet.layer import Pair, needs_saved
@@ -74,7 +75,8 @@ def fit(
     ``saver``.
 
     Args:
-        training_data, test_data: (x, y), rows; accuracy on the test data is measured after each epoch.
+        training_data, test_data: (x, y), rows; accuracy on the test data is measured after each epoch. With the model
+            on a GPU they may stay on the host: each batch is then copied while the step before it computes.
         batch_size: samples that run at a time; the last batch of an epoch takes what is left.
         schedule: what to keep and what to recompute; see `npnet.schedules.as_schedule`.
         memory_budget: instead, bytes or "20 MB": the most that a training step may take. The cheapest schedule for it
@@ -144,7 +146,9 @@ def fit(
                     planned = plan(model, batch_size, memory_budget=memory_budget, ranks=ranks.size, **terms)
                 schedule, budget = planned.schedule, parse_bytes(memory_budget) - planned.chain.communication
             schedule = as_schedule(schedule, len(model.layers), needs_saved(model.layers))
-            generator, prepared = as_generator(rng), transform or (lambda rows: rows)
+            parameters, generator = model.parameters(), as_generator(rng)
+            backend = backend_of(parameters[0].value) if parameters else get_backend("numpy")
+            prepared = Feed(transform, backend)
             with mode(model, training=False):
                 _check_data(model, loss, "training data", training_data, prepared)
                 if test_data is not None:
@@ -199,8 +203,6 @@ def fit(
         if capture:
             captured = CapturedStep(model, loss, optimizer, schedule)
             step = lambda micro_batches, samples: captured(*next(micro_batches))  # noqa: E731 - one of two
-        parameters = model.parameters()
-        backend = backend_of(parameters[0].value) if parameters else get_backend("numpy")
         limit = HardBudget(backend, budget, lambda: optimizer.held(parameters))
         step = partial(limit.call, step)
         loop = Loop(

@@ -20,6 +20,7 @@ import numpy as np
 
 from npnet import backend as registry
 from tests.guard import DeviceArray, GuardModule
+from tests.streams import Streams, transfers
 
 BLOCK = 512
 GIB = 2**30
@@ -42,6 +43,7 @@ class Device:
         self.default = Pool(self)
         self.allocators: list[Callable[[int], Any]] = [self.default.malloc]
         self.next = BLOCK
+        self.streams = Streams(DeviceArray.syncs)
 
     def take(self, size: int) -> int:
         """cudaMalloc: where it is."""
@@ -252,6 +254,9 @@ class DeviceModule(GuardModule):
             MemoryPool=lambda: Pool(device),
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             runtime=runtime,
+            Stream=device.streams.make,
+            alloc_pinned_memory=bytearray,
+            get_current_stream=lambda: device.streams.current[-1],
             get_allocator=lambda: device.allocators[-1],
             using_allocator=using_allocator,
         )
@@ -293,6 +298,7 @@ def install_device(total: int = 8 * GIB) -> Iterator[Device]:
         patch.dict(registry._by_type),
         patch.object(registry, "_current", registry._current),
         patch.object(DeviceArray, "account", staticmethod(accounting(device))),
+        patch.multiple(DeviceArray, create=True, **transfers(device.streams)),
     ):
         registry.register_backend("cupy", lambda: registry.Backend("cupy", module, DeviceArray, module.asnumpy))
         registry.get_backend("cupy")

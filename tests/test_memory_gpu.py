@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -228,6 +229,14 @@ def test_cupy_has_what_the_made_up_one_has(device: Device) -> None:
     assert str(real.cuda.memory.OutOfMemoryError(512, 1024, 2048)).startswith("Out of memory allocating 512 bytes")
     with real.cuda.using_allocator(lambda size: 1 / 0), pytest.raises(ZeroDivisionError):
         real.cuda.alloc(512)
+    assert {"record", "wait_event", "synchronize", "__enter__", "__exit__"} <= set(dir(real.cuda.Stream))
+    assert callable(real.cuda.Event.synchronize)
+    for method, keywords in (
+        (real.cuda.Stream.__init__, {"non_blocking"}),
+        (real.ndarray.set, {"arr", "stream"}),
+        (real.ndarray.get, {"out", "blocking"}),
+    ):
+        assert keywords <= set(re.findall(r"\w+", method.__doc__.splitlines()[0]))
     hook = type("Hook", (real.cuda.MemoryHook,), {"name": "npnet", "now": 0})()
     with hook as entered:
         assert entered is hook

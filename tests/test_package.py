@@ -66,6 +66,7 @@ ORDER = [
     ),
     *(
         "datasets",
+        "feeding",
         "run",
         "saver",
         "epochs",
