@@ -19,6 +19,7 @@ from unittest.mock import patch
 import numpy as np
 
 from npnet import backend as registry
+from npnet import blocks
 from tests.guard import DeviceArray, GuardModule
 from tests.streams import Streams, transfers
 
@@ -235,6 +236,7 @@ class DeviceModule(GuardModule):
     def __init__(self, device: Device) -> None:
         super().__init__()
         self.device = device
+        self.random = SimpleNamespace(seed=lambda seed: None)
 
         @contextmanager
         def using_allocator(allocator: Callable[[int], Any]) -> Iterator[None]:
@@ -247,6 +249,10 @@ class DeviceModule(GuardModule):
         runtime = SimpleNamespace(
             driverGetVersion=lambda: 12040,
             getDeviceCount=lambda: 1,
+            runtimeGetVersion=lambda: 12040,
+            getDevice=lambda: 0,
+            getDeviceProperties=lambda number: {"name": b"made up"},
+            deviceSynchronize=lambda: None,
             memGetInfo=lambda: (device.total - device.taken, device.total),
         )
         self.cuda = SimpleNamespace(
@@ -285,6 +291,11 @@ def accounting(device: Device) -> Callable[[np.ndarray], None]:
     return account
 
 
+def _erf(x: DeviceArray) -> DeviceArray:
+    """cupyx.scipy.special.erf."""
+    return DeviceArray(blocks.erf(x._data))
+
+
 @contextmanager
 def install_device(total: int = 8 * GIB) -> Iterator[Device]:
     """Make "cupy" the guard on such a device, for a while."""
@@ -292,7 +303,7 @@ def install_device(total: int = 8 * GIB) -> Iterator[Device]:
     module = DeviceModule(device)
     module.syncs.clear()
     with (
-        patch.dict(sys.modules, cupy=module),
+        patch.dict(sys.modules, {"cupy": module, "cupyx.scipy.special": SimpleNamespace(erf=_erf)}),
         patch.dict(registry._loaders),
         patch.dict(registry._loaded),
         patch.dict(registry._by_type),
