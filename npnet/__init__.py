@@ -5,6 +5,7 @@ recompute, as a list of actions), `npnet.checkpoint` (the forty lines that run s
 """
 
 from npnet import launch  # noqa: F401, I001 - before NumPy is loaded
+import npnet.fusing  # noqa: F401 - replaces methods when CuPy is loaded
 from npnet import plots, schedules
 from npnet.activations import Activation, Identity, ReLU, Sigmoid, Softmax, Tanh
 from npnet.archive import SaveError

@@ -79,6 +79,7 @@ def _load_cupy() -> Backend:
 _loaders: dict[str, Callable[[], Backend]] = {"numpy": _load_numpy, "cupy": _load_cupy}
 _loaded: dict[str, Backend] = {}
 _by_type: dict[type, Backend] = {}
+_on_load: list[Callable[[Backend], None]] = []
 _current: str | None = None  # None: not chosen yet, NPNET_BACKEND decides
 
 
@@ -101,6 +102,11 @@ def register_backend(name: str, load: Callable[[], Backend]) -> None:
 def register_array_type(backend: Backend) -> None:
     """Make ``backend.array_type`` an array that layers run on, but not a backend to choose (see `npnet.dual`)."""
     _by_type[backend.array_type] = backend
+
+
+def on_load(call: Callable[[Backend], None]) -> None:
+    """Have ``call(backend)`` made for each backend that is loaded from now on."""
+    _on_load.append(call)
 
 
 def get_backend(name: str | None = None) -> Backend:
@@ -127,6 +133,8 @@ def get_backend(name: str | None = None) -> Backend:
             raise BackendUnavailable(f"{error}{source}") from error.__cause__
         if not isinstance(backend, Backend):
             raise TypeError(f"backend {name!r}: its load() must return a Backend, got {type(backend).__name__}")
+        for call in _on_load:
+            call(backend)
         backend = _loaded.setdefault(name, backend)  # the first, where two threads have loaded it at once
         _by_type[backend.array_type] = backend
     return _loaded[name]

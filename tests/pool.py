@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +20,7 @@ import numpy as np
 
 from npnet import backend as registry
 from npnet import blocks
+from npnet.fusing import FUSED
 from tests.guard import DeviceArray, GuardModule
 from tests.streams import Streams, transfers
 
@@ -236,6 +237,7 @@ class DeviceModule(GuardModule):
     def __init__(self, device: Device) -> None:
         super().__init__()
         self.device = device
+        self.RawKernel: Any
         self.random = SimpleNamespace(seed=lambda seed: None)
 
         @contextmanager
@@ -297,11 +299,22 @@ def _erf(x: DeviceArray) -> DeviceArray:
 
 
 @contextmanager
-def install_device(total: int = 8 * GIB) -> Iterator[Device]:
-    """Make "cupy" the guard on such a device, for a while."""
+def install_device(total: int = 8 * GIB, raw_kernel: Any = None) -> Iterator[Device]:
+    """Make "cupy" the guard on such a device, for a while; with a ``raw_kernel`` (tests/kernels.py) npnet fuses."""
     device = Device(total)
     module = DeviceModule(device)
+    if raw_kernel is not None:
+        module.RawKernel = raw_kernel
     module.syncs.clear()
+    with ExitStack() as undo:
+        for cls, name, _ in FUSED:
+            undo.enter_context(patch.object(cls, name, vars(cls)[name]))
+        undo.enter_context(_installed(device, module))
+        yield device
+
+
+@contextmanager
+def _installed(device: Device, module: DeviceModule) -> Iterator[None]:
     with (
         patch.dict(sys.modules, {"cupy": module, "cupyx.scipy.special": SimpleNamespace(erf=_erf)}),
         patch.dict(registry._loaders),
@@ -313,4 +326,4 @@ def install_device(total: int = 8 * GIB) -> Iterator[Device]:
     ):
         registry.register_backend("cupy", lambda: registry.Backend("cupy", module, DeviceArray, module.asnumpy))
         registry.get_backend("cupy")
-        yield device
+        yield

@@ -36,6 +36,7 @@ ORDER = [
         "optimizers",
         "device_ranks",
         "ranks",
+        "fusing",
     ),
     *(
         "schedule",
