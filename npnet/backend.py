@@ -5,7 +5,8 @@ Two rules keep the rest of the package free of the question.
 * **The backend follows the data.** A function that receives an array asks ``xp = array_module(x)`` and
   calls ``xp.dot``, ``xp.exp``...; no function exists twice. Only what *creates* arrays (a network, say)
   has to choose, and it takes the current backend: ``use_backend``, or ``NPNET_BACKEND``, or NumPy.
-* **Nothing moves by itself.** ``to_backend`` and ``to_host`` are the only ways between host and device.
+* **Nothing moves by itself.** ``to_backend`` and ``to_host`` are the ways between host and device; only batches of the
+  host's data, and activations that a schedule offloads, are moved for you (`npnet.feeding`, `npnet.offload`).
 """
 
 import functools
