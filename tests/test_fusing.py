@@ -173,6 +173,16 @@ def test_a_step_with_kernels_takes_no_more_than_is_predicted(device: Device) -> 
     assert report.increase_bytes + plan.chain.parameters + plan.chain.optimizer <= plan.peak_bytes
 
 
+@compiler
+def test_measured_steps_are_on_arrays_of_the_same_layout(device: Device) -> None:
+    """Copies in another layout would be updated call by call."""
+    model = npnet.mlp([5, 4, 3], "tanh", rng=0, backend="cupy")
+    x, y = (npnet.to_backend(np.ones((9, n), np.float32) / n, "cupy") for n in (5, 3))
+    npnet.step_costs(model, npnet.SoftmaxCrossEntropy(), npnet.Adam(), [npnet.schedules.none(2)], x, y, rounds=1)
+    updates = sum("double f1" in source for source in RawKernel.launches)
+    assert updates == 4 * 4  # four steps, four parameters
+
+
 def test_nothing_is_replaced_before_a_gpu_is_there_nor_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     before = [vars(cls)[name] for cls, name, _ in FUSED]
     assert not any(hasattr(method, "__wrapped__") for method in before)
