@@ -5,6 +5,7 @@ recompute, as a list of actions), `npnet.checkpoint` (the forty lines that run s
 """
 
 from npnet import launch  # noqa: F401, I001 - before NumPy is loaded
+import npnet.fusing  # noqa: F401 - replaces methods when CuPy is loaded
 from npnet import plots, schedules
 from npnet.activations import Activation, Identity, ReLU, Sigmoid, Softmax, Tanh
 from npnet.archive import SaveError
@@ -34,7 +35,7 @@ from npnet.layer import Layer, LayerCost, Parameter
 from npnet.layers import Dense, Linear, Sequential, mlp
 from npnet.losses import BCEWithLogits, Loss, MeanSquaredError, Quadratic, SoftmaxCrossEntropy, TrainingDiverged
 from npnet.measuring import measure_timeline, step_costs
-from npnet.memory import MemoryReport, measure_peak, measure_rss_peak
+from npnet.memory import MemoryReport, limit_memory, measure_peak, measure_rss_peak
 from npnet.network import Network
 from npnet.network_with_checkpointing import NetworkWithCheckpointing
 from npnet.optimizers import SGD, Adam, Optimizer, clip_grad_norm
@@ -112,6 +113,7 @@ __all__ = [
     "hessian_vector_product",
     "largest_eigenvalue",
     "lazy_gradient",
+    "limit_memory",
     "load",
     "load_diabetes",
     "load_mnist",

@@ -37,7 +37,7 @@ examples:
 """,
     "device": """\
 examples:
-  npnet device                              two 5000 x 5000 matrices on the CPU, and on the GPU where there is one
+  npnet device                              what a GPU lacks here, and two 5000 x 5000 matrices multiplied
   npnet device --size 1000 --repeats 20
 """,
     "data": """\

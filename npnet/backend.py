@@ -5,7 +5,8 @@ Two rules keep the rest of the package free of the question.
 * **The backend follows the data.** A function that receives an array asks ``xp = array_module(x)`` and
   calls ``xp.dot``, ``xp.exp``...; no function exists twice. Only what *creates* arrays (a network, say)
   has to choose, and it takes the current backend: ``use_backend``, or ``NPNET_BACKEND``, or NumPy.
-* **Nothing moves by itself.** ``to_backend`` and ``to_host`` are the only ways between host and device.
+* **Nothing moves by itself.** ``to_backend`` and ``to_host`` are the ways between host and device; only batches of the
+  host's data, and activations that a schedule offloads, are moved for you (`npnet.feeding`, `npnet.offload`).
 """
 
 import functools
@@ -79,6 +80,7 @@ def _load_cupy() -> Backend:
 _loaders: dict[str, Callable[[], Backend]] = {"numpy": _load_numpy, "cupy": _load_cupy}
 _loaded: dict[str, Backend] = {}
 _by_type: dict[type, Backend] = {}
+_on_load: list[Callable[[Backend], None]] = []
 _current: str | None = None  # None: not chosen yet, NPNET_BACKEND decides
 
 
@@ -101,6 +103,11 @@ def register_backend(name: str, load: Callable[[], Backend]) -> None:
 def register_array_type(backend: Backend) -> None:
     """Make ``backend.array_type`` an array that layers run on, but not a backend to choose (see `npnet.dual`)."""
     _by_type[backend.array_type] = backend
+
+
+def on_load(call: Callable[[Backend], None]) -> None:
+    """Have ``call(backend)`` made for each backend that is loaded from now on."""
+    _on_load.append(call)
 
 
 def get_backend(name: str | None = None) -> Backend:
@@ -127,6 +134,8 @@ def get_backend(name: str | None = None) -> Backend:
             raise BackendUnavailable(f"{error}{source}") from error.__cause__
         if not isinstance(backend, Backend):
             raise TypeError(f"backend {name!r}: its load() must return a Backend, got {type(backend).__name__}")
+        for call in _on_load:
+            call(backend)
         backend = _loaded.setdefault(name, backend)  # the first, where two threads have loaded it at once
         _by_type[backend.array_type] = backend
     return _loaded[name]

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from npnet import random
 from npnet.backend import Array, array_module, backend_of, ones, to_backend
 from npnet.checks import check_float, check_number, check_room, check_whole, shown
 from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError
-from npnet.random import RNG, as_generator, current_step, draws, first_row
+from npnet.random import RNG, as_generator, current_step
 
 
 class Dropout(Layer):
@@ -66,14 +67,17 @@ class Dropout(Layer):
 
 
 def keep_mask(x: Array, key: int, p: float) -> Array:
-    """What dropout keeps of ``x`` in the step under way: booleans of its shape, True with probability 1 - p."""
+    """What dropout keeps of ``x`` in the step under way: booleans of its shape, True with probability 1 - p.
+
+    The same ones on every backend.
+    """
     xp = array_module(x)
     if hasattr(xp, "keep_mask"):  # x only stands in for an array
         mask: Array = xp.keep_mask(x, key, p)
-    else:  # on the host in every backend, so that a seed means the same mask everywhere
-        before = first_row() * math.prod(x.shape[1:])  # numbers of the rows that other processes have
-        mask = xp.asarray(draws(key, current_step(), before).random(x.shape, np.float32) >= p)
-    return mask
+        return mask
+    if hasattr(x, "value"):  # a number with a derivative: the mask is a constant
+        return keep_mask(x.value, key, p)
+    return random.keep_mask(xp, x.shape, p, key, current_step())
 
 
 class LayerNorm(Layer):

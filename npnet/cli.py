@@ -16,7 +16,7 @@ from npnet.activations import ACTIVATIONS
 from npnet.archive import SaveError
 from npnet.arguments import EXAMPLES, argument, number, parse_arch, parse_checkpoints, parse_file, parse_out, whole
 from npnet.backend import BackendUnavailable, get_backend
-from npnet.device import compare_devices
+from npnet.device import compare_devices, diagnose
 from npnet.failures import OutOfMemory
 from npnet.files import write_text
 from npnet.launch import launched, supervise
@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--data", metavar="PATH", help="MNIST file or its folder (default: searched, see npnet data)")
         sub.add_argument("--out", type=argument(parse_out), metavar="DIR", help="write results and pictures there")
     device = command(
-        "device", run_device, "Create and multiply matrices on the CPU and on the GPU, and compare the times.",
+        "device", run_device, "What a GPU needs, and whether it is there; matrix products on CPU and GPU, timed.",
         EXAMPLES["device"],
     )  # fmt: skip
     device.add_argument("--size", type=argument(whole("size", 1)), default=5000, help="rows and columns (default 5000)")
@@ -248,8 +248,12 @@ def run_compare(options: argparse.Namespace) -> int:
 
 
 def run_device(options: argparse.Namespace) -> int:
-    """npnet device."""
-    print(compare_devices(options.size, options.repeats))
+    """npnet device: 1 if something is there, but broken; that there is no GPU is no failure."""
+    checks = diagnose()
+    print("\n".join(map(str, checks)), flush=True)
+    if any(each.state == "broken" for each in checks):
+        return 1
+    print(f"\n{compare_devices(options.size, options.repeats)}")
     return 0
 
 

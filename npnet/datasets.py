@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npnet.archive import SaveError, read_npz
-from npnet.backend import Array, backend_of, to_host
+from npnet.backend import Array, backend_of, to_backend, to_host
 from npnet.checks import check_flag, check_float, check_list, check_number, check_pairs, check_room, check_whole, shown
 from npnet.layer import Pair
 from npnet.random import RNG, as_generator
@@ -322,7 +322,12 @@ def batches(
     rank, size = check_whole(rank, "part: rank", most=check_whole(size, "part: size", least=1) - 1), int(size)
     order = as_generator(rng).permutation(len(x)) if shuffle else None  # drawn now, whoever takes how many
     firsts = range(check_whole(start, "start"), len(x) - (batch_size - 1 if drop_last else 0), batch_size)
-    shares = ((i, share_of(rank, size, min(batch_size, len(x) - i))) for i in firsts)
-    spans = (slice(i + share.start, i + share.stop) for i, share in shares)
-    samples = (span if order is None else order[span] for span in spans)
-    return ((x[rows], y[rows]) for rows in samples)
+
+    def parts(array: Array) -> Iterator[Array]:
+        own = None if order is None else to_backend(order, backend_of(array).name)  # moved once, not batch by batch
+        for first in firsts:
+            share = share_of(rank, size, min(batch_size, len(x) - first))
+            span = slice(first + share.start, first + share.stop)
+            yield array[span if own is None else own[span]]
+
+    return zip(parts(x), parts(y), strict=True)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from npnet.backend import Array
+from npnet.backend import Array, backend_of, to_backend
 from npnet.checkpoint import digest
 from npnet.datasets import batches
 from npnet.failures import first_not_finite
+from npnet.feeding import Feed
 from npnet.interrupts import Interrupts
 from npnet.layer import Pair
 from npnet.layers import Sequential
@@ -29,7 +30,7 @@ class Loop:
     x: Array
     y: Array
     test_data: Pair | None
-    prepared: Callable[[Array], Array]
+    prepared: Feed
     batch_size: int
     accumulation_steps: int
     shuffle: bool
@@ -64,7 +65,7 @@ class Loop:
             start = done * self.window
             part = (ranks.rank, ranks.size)
             raw = batches(self.x, self.y, self.batch_size, run.generator, self.shuffle, start=start, part=part)
-            micro_batches = ((self.prepared(rows), targets) for rows, targets in raw)
+            micro_batches = self.prepared.pairs(raw)
             with mode(model, training=True):
                 for number in range(done, steps):
                     began, ranks.signal = time.perf_counter(), interrupts.pending
@@ -106,7 +107,8 @@ def _evaluated(model: Sequential, prepared: Callable[[Array], Array], x: Array, 
     with ranks.together(), mode(model, training=False):
         try:
             if len(x):
-                score = accuracy(lambda rows: model.predict(prepared(rows)), x, y)
+                there = backend_of(y).name
+                score = accuracy(lambda rows: to_backend(model.predict(prepared(rows)), there), x, y)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error}; {first_not_finite(model.layers, prepared(x[:1000]))}") from None
     return ranks.total(round(score * len(x))) / samples

@@ -61,7 +61,10 @@ def step_costs(
     rounds = check_whole(rounds, "rounds", least=1)
 
     def own_copy() -> tuple[Sequential, Optimizer]:
-        own_model, own_optimizer = copy.deepcopy((model, optimizer))
+        layouts = {
+            id(array): array.copy(order="K") for array in optimizer.held(model.parameters())
+        }  # CuPy forgets them
+        own_model, own_optimizer = copy.deepcopy((model, optimizer), layouts)
         own_optimizer.learning_rate = 0.0  # the same arithmetic, and no number of steps diverges
         return own_model, own_optimizer
 

@@ -1,4 +1,4 @@
-"""Measuring peak memory: exactly, by counting allocations, or as the operating system sees it.
+"""Measuring peak memory: exactly, by counting allocations, or as the operating system sees it; and limiting it.
 
 `measure_peak` counts every byte that arrays take (tracemalloc on NumPy, the memory pool on CuPy); tracing slows
 Python down, so never time what it measures. `measure_rss_peak` runs a function in a fresh process, untraced, and
@@ -19,6 +19,7 @@ from typing import Any
 
 from npnet.backend import get_backend
 from npnet.checks import check_callable, shown
+from npnet.pools import OwnPool, peak_of_pools
 
 _measuring = threading.Lock()
 
@@ -28,13 +29,18 @@ class MemoryReport:
     """What a call returned, and the memory it took.
 
     ``baseline_bytes`` were in use before the call, ``peak_bytes`` at its highest point, and ``increase_bytes`` is
-    the difference. ``method`` says what was counted: "tracemalloc", "cupy pool" or "rss".
+    the difference. ``method`` says what was counted: "tracemalloc", "cupy pool" or "rss". On a GPU, apart from that,
+    ``pool_bytes`` are what the measurement's pool took from the device (what lies free in pieces, too), and
+    ``outside_bytes`` what was taken by others meanwhile: CUDA's context and kernels, the libraries' workspace, and
+    other processes; the driver counts that in pages, 2 MB mostly.
     """
 
     result: Any
     baseline_bytes: int
     peak_bytes: int
     method: str
+    pool_bytes: int | None = None
+    outside_bytes: int | None = None
 
     @property
     def increase_bytes(self) -> int:
@@ -42,7 +48,10 @@ class MemoryReport:
         return self.peak_bytes - self.baseline_bytes
 
     def __str__(self) -> str:
-        return f"peak {format_bytes(self.increase_bytes)} above {format_bytes(self.baseline_bytes)} ({self.method})"
+        text = f"peak {format_bytes(self.increase_bytes)} above {format_bytes(self.baseline_bytes)} ({self.method})"
+        if self.pool_bytes is None or self.outside_bytes is None:
+            return text
+        return f"{text}, {format_bytes(self.pool_bytes)} in the pool, {format_bytes(self.outside_bytes)} outside it"
 
 
 def measure_peak(function: Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> MemoryReport:
@@ -53,8 +62,8 @@ def measure_peak(function: Callable[..., Any], *args: Any, backend: str | None =
 
     Args:
         backend: "numpy" counts allocations on the host with tracemalloc, which sees NumPy's buffers exactly; "cupy"
-            the bytes in use in the current device's memory pool (libraries' own workspace and the CUDA context are
-            outside it). By default the current backend.
+            those of this thread on the current device, in a memory pool of its own (libraries' own workspace and the
+            CUDA context are outside it: see `MemoryReport`). By default the current backend.
 
     Raises:
         RuntimeError: another measurement is running, in this thread or another: each would count the other's bytes.
@@ -118,24 +127,41 @@ def _measure_tracemalloc(call: Callable[[], Any]) -> MemoryReport:
 
 
 def _measure_cupy(call: Callable[[], Any]) -> MemoryReport:
-    import cupy
-
-    pool = cupy.get_default_memory_pool()
     gc.collect()
-    baseline = peak = pool.used_bytes()
+    result, baseline, peak, pool, outside = peak_of_pools(get_backend("cupy").xp, call)
+    return MemoryReport(result, baseline, peak, "cupy pool", pool, outside)
 
-    class Peak(cupy.cuda.MemoryHook):  # type: ignore[misc]
-        """Looks at the pool after each allocation: between two allocations it can only shrink."""
 
-        name = "npnet.measure_peak"
+@contextmanager
+def limit_memory(size: float | str, backend: str | None = None) -> Iterator[None]:
+    """While it lasts, what this thread allocates on the GPU may take ``size`` at most, in blocks of 512 bytes.
 
-        def malloc_postprocess(self, **_: Any) -> None:
-            nonlocal peak
-            peak = max(peak, pool.used_bytes())
+    With more, an allocation fails as it does where the device is full; in a training step that becomes
+    `npnet.OutOfMemory`. What was there before does not count, nor what libraries take for themselves.
 
-    with Peak():
-        result = call()
-    return MemoryReport(result, baseline, peak, "cupy pool")
+    Args:
+        size: bytes, or "200 MB".
+        backend: by default the current one.
+
+    Raises:
+        TypeError, ValueError: not a size. Or the backend is NumPy, whose memory comes from the operating system.
+        MemoryError: (within) there is no more.
+
+    >>> with limit_memory("200 MB", "numpy"):
+    ...     pass
+    Traceback (most recent call last):
+        ...
+    ValueError: limit_memory: memory can be limited on a GPU alone. On 'numpy' keep to a budget by planning ...
+    """
+    limit, chosen = parse_bytes(size, "size"), get_backend(backend)
+    if not hasattr(chosen.xp, "cuda"):
+        raise ValueError(
+            f"limit_memory: memory can be limited on a GPU alone. On {chosen.name!r} keep to a budget by planning "
+            "(memory_budget=), and look at what is taken with npnet.measure_peak; a whole process is limited by the "
+            "system (ulimit -v)"
+        )
+    with OwnPool(chosen.xp, limit):
+        yield
 
 
 def measure_rss_peak(function: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryReport:

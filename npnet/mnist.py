@@ -149,7 +149,7 @@ def train(
             optimizer=optimizer,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
-            schedule=plans[-1].schedule,
+            **({"schedule": plans[-1].schedule} if memory_budget is None else {"memory_budget": memory_budget}),
             capture=capture,
             test_data=test_data,
             transform=transform,

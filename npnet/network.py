@@ -34,6 +34,7 @@ from npnet.layer import Layer, Pair, Parameter
 from npnet.layers import Dense
 from npnet.lending import Lender, as_matrix
 from npnet.losses import TrainingDiverged, accuracy, check_finite
+from npnet.pools import HardBudget
 from npnet.random import RNG, as_generator
 from npnet.savable import Savable
 from npnet.schedule import Schedule
@@ -79,6 +80,7 @@ class Network(Savable):
         self._biases = Lender("biases", [layer.bias for layer in self.layers], self._array)
         self._schedule = schedules.none(len(self.layers))
         self._restore: Restore | None = None
+        self._limit = HardBudget(self.backend, None, self._counted)
         self._rehearsed: tuple[Schedule | None, int, bool] = None, 0, False  # schedule, largest batch, weights lent
 
     def __repr__(self) -> str:
@@ -213,7 +215,7 @@ class Network(Savable):
 
         clear_gradients(self.layers)
         schedule = self._schedule_for(len(x), streaming=after_backward is not None)
-        with explained(self, schedule, x, streaming=after_backward is not None):
+        with explained(self, schedule, x, streaming=after_backward is not None), self._limit:
             if after_backward is not None:
                 self._rehearse(schedule, x)
             backpropagate(
@@ -235,6 +237,10 @@ class Network(Savable):
 
         rehearse(self.layers, schedule, x, prepare)
         self._rehearsed = schedule, len(x), lent
+
+    def _counted(self) -> list[Array]:
+        """What counts of the arrays that are there before a step: not those that are lent, which others hold."""
+        return [parameter.value for layer in self.layers for parameter in layer.parameters() if not parameter.lent]
 
     def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:
         """What a pass computes, holds and recomputes; streaming: layers are updated on the way back."""

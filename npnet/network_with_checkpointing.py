@@ -13,6 +13,7 @@ from npnet.memory import parse_bytes
 from npnet.network import Network
 from npnet.planner import plan
 from npnet.plans import Plan
+from npnet.pools import HardBudget
 from npnet.random import RNG
 from npnet.schedule import Schedule
 from npnet.schedules import ScheduleLike
@@ -29,12 +30,14 @@ class NetworkWithCheckpointing(Network):
             depth.
         memory_budget: instead, bytes or "20 MB": the most that a training step may take, as for `npnet.plan`. The
             cheapest schedule is planned at the first batch, and again when the batch size changes. Data are not
-            counted, nor a copy that is made of data of another dtype; nor what a method of a subclass allocates.
+            counted, nor a copy that is made of data of another dtype; nor what a method of a subclass allocates. On a
+            GPU the budget is a limit, too: a step that takes more, by such a method, say, runs out of memory.
 
     Raises:
         TypeError, ValueError: n is not a whole number >= 0, two of n, schedule and budget are given, or the schedule
             does not fit the network.
         InfeasibleBudget: (at a batch) no schedule keeps to the budget; nothing was computed.
+        OutOfMemory: (at a batch) memory ran out, or on a GPU the budget.
     """
 
     plan: Plan | None
@@ -81,6 +84,7 @@ class NetworkWithCheckpointing(Network):
     @memory_budget.setter
     def memory_budget(self, budget: float | str | None) -> None:
         self._memory_budget = None if budget is None else parse_bytes(budget)
+        self._limit = HardBudget(self.backend, self._memory_budget, self._counted)
         self.plan = None
         if budget is not None:
             self._every = 0

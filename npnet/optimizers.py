@@ -101,6 +101,14 @@ class Optimizer:
         """Change the parameter's value, overwriting ``gradient``, without allocating arrays: nothing may fail here."""
         raise NotImplementedError(f"{type(self).__name__}._update")
 
+    def held(self, parameters: Iterable[Parameter]) -> list[Array]:
+        """All arrays that there are from step to step: the parameters', and those that are kept of them."""
+        given = check_parameters(parameters)
+        held = [parameter.value for parameter in given]
+        for parameter in given:
+            held += [array for kind, array in self._state.get(parameter, {}).items() if kind != "steps"]
+        return held
+
     def config(self) -> dict[str, float]:
         """The arguments that make an optimizer like this one."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
@@ -249,12 +257,12 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     """
     max_norm, given = check_number(max_norm, "max_norm"), check_parameters(parameters)
     gradients = [each.gradient for each in given if each.gradient is not None]
-    squares = 0.0
+    squares: Any = 0.0
     for gradient in gradients:
         flat = gradient.ravel(order="K")
         with np.errstate(over="ignore", invalid="ignore"):  # found below
-            squares += float(array_module(flat).dot(flat, flat))
-    norm = check_finite(math.sqrt(squares), "the norm of the gradient")
+            squares = array_module(flat).dot(flat, flat).astype(np.float64) + squares
+    norm = check_finite(math.sqrt(float(squares)), "the norm of the gradient")  # on a device the one wait
     if norm > max_norm:
         for gradient in gradients:
             gradient *= max_norm / norm

@@ -17,7 +17,16 @@ import numpy as np
 
 from npnet.backend import Array, array_module, backend_of
 from npnet.checkpoint import Checkpoint
-from npnet.checks import check_flag, check_float, check_kind, check_mapping, check_number, check_whole, is_finite, shown
+from npnet.checks import (
+    all_finite,
+    check_flag,
+    check_float,
+    check_kind,
+    check_mapping,
+    check_number,
+    check_whole,
+    shown,
+)
 from npnet.layer import InPlaceLayer, Layer, LayerCost, Parameter, Saved
 from npnet.layers import Dense, Sequential
 from npnet.optimizers import Optimizer, check_parameters
@@ -261,13 +270,12 @@ class GradScaler:
         """
         if self._unscaled:
             raise RuntimeError("GradScaler.unscale: the gradients are unscaled already; call step, then update")
-        parameters = check_parameters(parameters)
-        self._unscaled, finite = True, True
-        for parameter in parameters:
-            gradient = parameter.gradient
-            if gradient is not None:
-                gradient *= 1 / self._scale
-                finite = finite and is_finite(gradient)
+        given = check_parameters(parameters)
+        self._unscaled = True
+        gradients = [parameter.gradient for parameter in given if parameter.gradient is not None]
+        for gradient in gradients:
+            gradient *= 1 / self._scale
+        finite = all_finite(gradients)
         self._finite = finite and self._finite is not False
         return finite
 

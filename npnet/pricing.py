@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npnet.layer import Layer, LayerCost, ShapeError, needs_saved
+from npnet.pools import block_bytes, in_blocks
 from npnet.schedule import BACKWARD, FETCH, FORWARD, OFFLOAD, Action, Schedule
 
 MESSAGE_BYTES = 2**16
 """Gradients of thin layers are sent together, up to so many bytes: a message takes microseconds however small it is."""
+
+SMALL_BYTES = 8192
+"""Sixteen blocks of a device's memory pool: arrays of a number each, and the partial sums of a reduction."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Chain:
     optimizer: int = 0
     accumulated: int = 0  # gradients of the micro-batches before
     communication: int = 0  # buffers in which gradients are summed over several processes
+    uncounted: int = 0  # on a device: for single rows and columns, and for what reductions take
     gradient_given: bool = False  # D_L is there from the start (a model of the literature; in npnet the loss makes it)
 
     @property
@@ -52,7 +57,7 @@ class Chain:
     @property
     def fixed(self) -> int:
         """Bytes that are alive throughout, whatever the schedule."""
-        return self.parameters + self.optimizer + self.accumulated + self.communication
+        return self.parameters + self.optimizer + self.accumulated + self.communication + self.uncounted
 
     @property
     def step_flops(self) -> int:
@@ -97,22 +102,26 @@ def chain_of(
         accumulating: gradients of other micro-batches are there, to be added to.
         communicating: gradients are summed over several processes.
 
+    On a device arrays take whole blocks of its pool, and what is small is counted, too (`Chain.uncounted`).
+
     Raises:
         NotImplementedError: a layer does not say what it costs.
         ValueError: a layer does not fit the one before.
     """
+    held = [parameter.value for layer in layers for parameter in layer.parameters()]
+    block, batch = block_bytes(held[0]) if held else 1, shape[0]
     costs: list[LayerCost] = []
     for layer in layers:
         try:
-            costs.append(layer.cost(shape, dtype, needs_dx=bool(costs)))
+            costs.append(_in_blocks(layer.cost(shape, dtype, needs_dx=bool(costs)), layer, block))
         except ShapeError as error:
             raise error.within(str(len(costs))) from None
         shape = costs[-1].output_shape
     outputs, gradients = [0, *(cost.output_bytes for cost in costs)], [0, *(cost.dy_bytes for cost in costs)]
-    parameters = sum(parameter.value.nbytes for layer in layers for parameter in layer.parameters())
+    parameters = sum(in_blocks(array.nbytes, block) for array in held)
     saved = [0, *(0 if layer.output_suffices else cost.saved_bytes for layer, cost in zip(layers, costs, strict=True))]
     backward = [0, *(cost.backward_bytes for cost in costs)]
-    sizes = [max((parameter.value.nbytes for parameter in layer.parameters()), default=0) for layer in layers]
+    sizes = [max((in_blocks(each.value.nbytes, block) for each in layer.parameters()), default=0) for layer in layers]
     for number, cost in enumerate(costs, 1):
         if streaming or number == 1:  # the update, when a_l, what was saved, and the gradient at a_l are gone
             update = update_arrays * (sizes[number - 1] if streaming else max(sizes))
@@ -133,7 +142,8 @@ def chain_of(
         parameters=parameters,
         optimizer=state_arrays * parameters,
         accumulated=parameters if accumulating else 0,
-        communication=sum(buffer_bytes(layers)) if communicating else 0,
+        communication=sum(in_blocks(size, block) for size in buffer_bytes(layers)) if communicating else 0,
+        uncounted=0 if block == 1 else _small_bytes(batch, max(cost.output_shape[1] for cost in costs), dtype),
     )
 
 
@@ -145,6 +155,27 @@ def buffer_bytes(layers: Sequence[Layer]) -> list[int]:
     sizes = [sum(parameter.value.nbytes for parameter in layer.parameters()) for layer in layers]
     buffer = max(MESSAGE_BYTES, *sizes)
     return [sum(sizes)] if sum(sizes) <= buffer else [buffer, buffer]
+
+
+def _in_blocks(cost: LayerCost, layer: Layer, block: int) -> LayerCost:
+    """The cost with every array rounded up to blocks; arrays that the layer gives one figure for, together."""
+    if block == 1:
+        return cost
+    given = cost.output_gradient_bytes
+    gradients = sum(in_blocks(each.value.nbytes, block) for each in layer.parameters()) if cost.gradient_bytes else 0
+    return cost._replace(
+        output_bytes=in_blocks(cost.output_bytes, block),
+        saved_bytes=in_blocks(cost.saved_bytes, block),
+        forward_bytes=in_blocks(cost.forward_bytes, block),
+        gradient_bytes=gradients,
+        backward_bytes=in_blocks(cost.backward_bytes + max(gradients - cost.gradient_bytes, 0), block),
+        output_gradient_bytes=None if given is None else in_blocks(given, block),
+    )
+
+
+def _small_bytes(batch: int, features: int, dtype: np.dtype[Any]) -> int:
+    """On a device, what costs do not say: two columns, two rows, and a few kB for numbers and partial sums."""
+    return 2 * in_blocks(batch * dtype.itemsize) + 2 * in_blocks(features * dtype.itemsize) + SMALL_BYTES
 
 
 class Moment(NamedTuple):
@@ -206,7 +237,7 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
                 chain.accumulated + chain.communication + kept + passed,
                 checkpoints,
                 segment,
-                max(peak - alive, 0),
+                max(peak - alive, 0) + chain.uncounted,
             )
         )
     return moments

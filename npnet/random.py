@@ -9,6 +9,7 @@ would compute the gradient of another function. There is no generator whose stat
 each draw is a function of (key of the layer, number of the step), computed by the counter-based generator Philox
 (Salmon, Moraes, Dror & Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). The engine numbers the steps. Where
 several processes share a batch, each begins at its first row: a sample's numbers do not depend on who has it.
+Dropout's masks are made where its input is, on a device by Philox's formula in integers: the same bits everywhere.
 """
 
 import copy
@@ -18,11 +19,11 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from npnet.backend import BackendUnavailable, get_backend
+from npnet.backend import Array, BackendUnavailable, get_backend
 from npnet.checks import check_whole
 
 RNG: TypeAlias = int | np.random.Generator | None
@@ -163,3 +164,55 @@ def draws(key: int, step: int, skip: int = 0) -> np.random.Generator:
     if skip % 8:
         generator.random(skip % 8, np.float32)
     return generator
+
+
+def keep_mask(xp: Any, shape: tuple[int, ...], p: float, key: int, step: int) -> Array:
+    """``draws(key, step).random(shape, np.float32) >= p``, bit for bit: booleans, False with probability ``p``.
+
+    On NumPy by that very generator, on a device by its formula, without a number from the host. Of a batch that several
+    processes share, the rows from `first_row` on.
+    """
+    size, before = math.prod(shape), first_row() * math.prod(shape[1:])  # numbers of the rows that others have
+    if xp is np:
+        mask: Array = draws(key, step, before).random(shape, np.float32) >= p
+        return mask
+    block, skip = divmod(before, 8)  # a block is eight numbers
+    count = -(-(skip + size) // 8)
+    kept = xp.empty((count, 8), np.bool_)
+    # A number is k / 2^24, with k the upper 24 of 32 bits: k is compared, and no number is made.
+    least = np.uint64(math.ceil(float(np.float32(p)) * 2**24))
+    piece = max(1, min(-(-count // 4), 2**18))  # so that what it takes is less than the numbers would
+    for first in range(0, count, piece):
+        rows = slice(first, min(first + piece, count))
+        for word, bits in enumerate(_philox(xp, key, step, block + rows.start + 1, block + rows.stop + 1)):
+            kept[rows, 2 * word] = (bits & _LOW) >> np.uint64(8) >= least
+            kept[rows, 2 * word + 1] = bits >> np.uint64(40) >= least
+    return kept.reshape(-1)[skip : skip + size].reshape(shape)  # type: ignore[no-any-return]
+
+
+_LOW, _HALF = np.uint64(2**32 - 1), np.uint64(32)
+_MULTIPLIERS = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], np.uint64)
+_WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
+
+
+def _philox(xp: Any, key: int, step: int, first: int, last: int) -> tuple[Array, ...]:
+    """Philox4x64-10 of the counters (first .. last - 1, 0, 0, step): four arrays of 64 random bits, (last - first,)."""
+    weyl = [[(key + n * _WEYL[0]) % 2**64, n * _WEYL[1] % 2**64] for n in range(10)]
+    keys = xp.asarray(np.array(weyl, np.uint64)[:, :, None])  # (round, 2, 1)
+    factors = xp.asarray(_MULTIPLIERS)
+    even, odd = xp.zeros((2, last - first), np.uint64), xp.zeros((2, last - first), np.uint64)  # words 0 and 2; 1 and 3
+    even[0] = xp.arange(first, last, dtype=np.uint64)
+    odd[1] = np.uint64(step)
+    for number in range(10):
+        high, low = _product(even, factors)
+        even, odd = high[::-1] ^ odd ^ keys[number], low[::-1]
+    return even[0], odd[0], even[1], odd[1]
+
+
+def _product(x: Array, factor: Array) -> tuple[Array, Array]:
+    """The upper and the lower 64 bits of x * factor: as on paper, with 32 bits to a digit."""
+    low, high = factor & _LOW, factor >> _HALF
+    x_low, x_high = x & _LOW, x >> _HALF
+    middle = x_high * low + (x_low * low >> _HALF)
+    carry = (x_low * high + (middle & _LOW)) >> _HALF
+    return x_high * high + (middle >> _HALF) + carry, x * factor

@@ -164,7 +164,8 @@ def accumulated_step(
     """One update from the gradients of several micro-batches: that of the one large batch that they make up.
 
     Each counts by its number of samples. With the last one each layer is updated, and its gradient freed, on the way
-    back.
+    back. On a GPU the host waits once for each micro-batch, to see that the loss is finite before anything is updated;
+    once more where gradients are clipped, and where they are scaled.
 
     Args:
         micro_batches: pairs (x, y), (batch, features) and (batch, outputs).

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import npnet
-from npnet.backend import Array, backend_of
+from npnet.backend import Array, backend_of, get_backend
 from npnet.capture import CapturedStep
 from npnet.checks import (
     check_callable,
@@ -23,13 +23,16 @@ from npnet.checks import (
 )
 from npnet.epochs import Loop, located, mode
 from npnet.failures import explained, rehearse
+from npnet.feeding import Feed
 from npnet.gradient_sums import GradientSums
 from npnet.interrupts import Interrupts
 from npnet.layer import Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, TrainingDiverged
+from npnet.memory import parse_bytes
 from npnet.optimizers import Optimizer
 from npnet.planner import plan
+from npnet.pools import HardBudget
 from npnet.precision import GradScaler
 from npnet.random import RNG, as_generator
 from npnet.ranks import Ranks
@@ -72,11 +75,13 @@ def fit(
     ``saver``.
 
     Args:
-        training_data, test_data: (x, y), rows; accuracy on the test data is measured after each epoch.
+        training_data, test_data: (x, y), rows; accuracy on the test data is measured after each epoch. With the model
+            on a GPU they may stay on the host: each batch is then copied while the step before it computes.
         batch_size: samples that run at a time; the last batch of an epoch takes what is left.
         schedule: what to keep and what to recompute; see `npnet.schedules.as_schedule`.
         memory_budget: instead, bytes or "20 MB": the most that a training step may take. The cheapest schedule for it
-            is planned (`npnet.plan`). The batch is data, and not counted.
+            is planned (`npnet.plan`). The batch is data, and not counted. On a GPU it is a limit, too: a step that
+            takes more, since a layer says less than it costs, say, runs out of memory.
         transform: what becomes of the rows of x, batch by batch: data may stay as they are stored, as bytes, say (see
             `npnet.datasets.scaled`).
         rng: seed or generator of the shuffling. (Dropout's masks depend on the number of the step, too, which goes on
@@ -133,14 +138,17 @@ def fit(
             terms: dict[str, Any] = {
                 "loss": loss, "optimizer": optimizer, "streaming": at_once, "accumulation_steps": accumulation_steps
             }  # fmt: skip
+            budget = None
             if memory_budget is not None:
                 if not (isinstance(schedule, str) and schedule == "none"):
                     raise ValueError("give schedule or memory_budget, not both")
                 with mode(model, training=True):
                     planned = plan(model, batch_size, memory_budget=memory_budget, ranks=ranks.size, **terms)
-                schedule = planned.schedule
+                schedule, budget = planned.schedule, parse_bytes(memory_budget) - planned.chain.communication
             schedule = as_schedule(schedule, len(model.layers), needs_saved(model.layers))
-            generator, prepared = as_generator(rng), transform or (lambda rows: rows)
+            parameters, generator = model.parameters(), as_generator(rng)
+            backend = backend_of(parameters[0].value) if parameters else get_backend("numpy")
+            prepared = Feed(transform, backend)
             with mode(model, training=False):
                 _check_data(model, loss, "training data", training_data, prepared)
                 if test_data is not None:
@@ -195,6 +203,8 @@ def fit(
         if capture:
             captured = CapturedStep(model, loss, optimizer, schedule)
             step = lambda micro_batches, samples: captured(*next(micro_batches))  # noqa: E731 - one of two
+        limit = HardBudget(backend, budget, lambda: optimizer.held(parameters))
+        step = partial(limit.call, step)
         loop = Loop(
             run,
             step,
@@ -215,7 +225,7 @@ def fit(
         with Interrupts() as interrupts:
             if at_once and not capture:
                 few = prepared(x[ranks.share(batch_size)])
-                with ranks.together(), mode(model, training=True), explained(model, schedule, few, **terms):
+                with ranks.together(), mode(model, training=True), explained(model, schedule, few, **terms), limit:
                     rehearse(
                         model.layers,
                         schedule,

@@ -133,6 +133,7 @@ call("SGD.step", lambda parameters: stepped(npnet.SGD(0.1, 0.9, 0.1), parameters
 call("Adam", npnet.Adam, learning_rate=0.1, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.0)
 call("Adam.step", lambda parameters: stepped(npnet.Adam(), parameters), parameters=with_gradients())
 call("Optimizer.step", lambda parameters: npnet.Optimizer().step(parameters), NotImplementedError, parameters=[])
+call("Optimizer.held", lambda parameters: npnet.Adam().held(parameters), parameters=with_gradients())
 call("Optimizer.zero_grad", lambda parameters: npnet.SGD(1.0).zero_grad(parameters), parameters=with_gradients())
 call("clip_grad_norm", npnet.clip_grad_norm, parameters=with_gradients(), max_norm=1.0)
 call(

@@ -39,6 +39,15 @@ def uncallable(function: Any) -> Any:
 call(
     "measure_peak", lambda function, **o: npnet.measure_peak(uncallable(function), **o), function=dict, backend="numpy"
 )
+
+
+def limited(size: Any, backend: Any) -> None:
+    """A limit, which NumPy has none of."""
+    with npnet.limit_memory(size, backend):
+        pass
+
+
+call("limit_memory", limited, ValueError, size="1 MB", backend="numpy")
 call("measure_rss_peak", lambda function: npnet.measure_rss_peak(uncallable(function)), function=dict)
 call("measure_timeline", lambda **o: npnet.measure_timeline(**o) and None, **MEASURED, schedule=EVERY, **BATCH)
 call("step_costs", lambda **o: npnet.step_costs(**o) and None, **MEASURED, schedules=[EVERY], **BATCH, rounds=1)

@@ -45,7 +45,7 @@ METHODS: dict[str, str] = {
 """The methods of a device array, each with the keywords that CuPy's takes: NumPy's take more (``where=``, say)."""
 
 ATTRIBUTES = frozenset({"dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides"})
-OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "rshift")
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 WAITING = frozenset({"argwhere", "flatnonzero", "nonzero", "unique"})
 """Functions whose result has a length that only the device knows, so that the host waits for it."""
@@ -63,9 +63,12 @@ class DeviceArray:
     __array_ufunc__ = None  # NumPy's ufuncs refuse it, and host_array + device_array comes to __radd__ below
 
     syncs: ClassVar[Counter[str]] = Counter()
+    account: ClassVar[Callable[[np.ndarray], None] | None] = None  # where memory is counted, too: tests/pool.py
 
     def __init__(self, data: np.ndarray) -> None:
         self._data = data
+        if self.account is not None:
+            self.account(data)
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("implicit conversion of a device array to a NumPy array; npnet.to_host is the explicit one")
@@ -90,6 +93,9 @@ class DeviceArray:
             raise TypeError(f"CuPy's {name}() takes no keyword {', '.join(sorted(refused))}")
         result = getattr(self._data, name)(*_unwrap(args), **_unwrap(kwargs))
         return _wrap(result, *kwargs.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceArray":
+        return DeviceArray(self._data.copy())  # in C order, whatever it was: as CuPy's
 
     def __len__(self) -> int:
         return len(self._data)

@@ -22,6 +22,7 @@ ORDER = [
         "launch",
         "backend",
         "checks",
+        "pools",
         "files",
         "archive",
         "savable",
@@ -35,6 +36,7 @@ ORDER = [
         "optimizers",
         "device_ranks",
         "ranks",
+        "fusing",
     ),
     *(
         "schedule",
@@ -65,6 +67,7 @@ ORDER = [
     ),
     *(
         "datasets",
+        "feeding",
         "run",
         "saver",
         "epochs",

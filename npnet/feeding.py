@@ -1,0 +1,98 @@
+"""Batches on their way into a model; copied ahead, where the data are on the host and the model is on a GPU.
+
+While a step computes, the next batch is copied on a stream of its own, from pinned memory, which the device reads by
+itself. Two rules of CUDA keep that right: the computing stream waits for the event behind a copy, and a copy waits for
+the work that was under way when it was ordered, since its memory may have been that of a batch before.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain, cycle, islice
+from typing import Any
+
+import numpy as np
+
+from npnet.backend import Array, Backend, to_backend
+from npnet.layer import Pair
+from npnet.pools import made_uncounted, pinned_bytes
+
+
+class Feed:
+    """What a model on ``backend`` gets of data: rows on its backend, transformed.
+
+    Data of the host go to the device as they are (bytes, say), and are transformed there. Data of a device stay there.
+
+    Args:
+        transform: of the rows of x, or None.
+    """
+
+    def __init__(self, transform: Callable[[Array], Array] | None, backend: Backend) -> None:
+        self.transform, self.backend = transform, backend
+
+    def __call__(self, rows: Array) -> Array:
+        """Rows of x as the model gets them."""
+        moved = self._moved(rows)
+        return moved if self.transform is None else self.transform(moved)
+
+    def _moved(self, array: Array) -> Array:
+        return to_backend(array, self.backend.name) if isinstance(array, np.ndarray) else array
+
+    def pairs(self, batches: Iterator[Pair]) -> Iterator[Pair]:
+        """Batches (x, y) as the model gets them. They are data: no limit on the device's memory counts them."""
+        first = list(islice(batches, 1))
+        batches = chain(first, batches)
+        if hasattr(self.backend.xp, "cuda") and any(isinstance(array, np.ndarray) for pair in first for array in pair):
+            batches = _ahead(batches, self.backend.xp)
+        return made_uncounted((self(x), self._moved(y)) for x, y in batches)
+
+
+class _Slot:
+    """Pinned memory for one batch, and the event after which it may be written again."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp, self.free = xp, None
+        self.buffers = [pinned_bytes(xp, 0)] * 2  # for x, for y
+
+    def copy(self, pair: Pair, stream: Any) -> Pair:
+        """Order the copy of a batch; arrays that are on the device stay as they are."""
+        if self.free is not None:
+            self.free.synchronize()  # of two batches ago: done long since
+        stream.wait_event(self.xp.cuda.get_current_stream().record())
+        x, y = (self._ordered(number, array, stream) for number, array in enumerate(pair))
+        self.free = stream.record()
+        return x, y
+
+    def _ordered(self, number: int, array: Array, stream: Any) -> Array:
+        if not isinstance(array, np.ndarray):
+            return array
+        if self.buffers[number].nbytes < array.nbytes:
+            self.buffers[number] = pinned_bytes(self.xp, array.nbytes)
+        source = self.buffers[number][: array.nbytes].view(array.dtype).reshape(array.shape)
+        np.copyto(source, array)
+        with stream:  # so that CuPy keeps its memory apart from that of the computing stream
+            target: Array = self.xp.empty(array.shape, array.dtype)
+        target.set(source, stream)  # type: ignore[attr-defined]
+        return target
+
+
+def _ahead(batches: Iterator[Pair], xp: Any) -> Iterator[Pair]:
+    """The batches on the device, each ordered before the one before it is given away."""
+    stream = xp.cuda.Stream(non_blocking=True)
+    slots = cycle([_Slot(xp), _Slot(xp)])
+    ordered: tuple[Pair, Any] | None = None
+    try:
+        for pair in batches:
+            before, slot = ordered, next(slots)
+            ordered = slot.copy(pair, stream), slot.free
+            if before is not None:
+                yield _arrived(before, xp)
+        if ordered is not None:
+            yield _arrived(ordered, xp)
+    finally:
+        stream.synchronize()  # the memory is read until then
+
+
+def _arrived(ordered: tuple[Pair, Any], xp: Any) -> Pair:
+    """The batch; what is computed from now on waits for it, on the device."""
+    pair, event = ordered
+    xp.cuda.get_current_stream().wait_event(event)
+    return pair
