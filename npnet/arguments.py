@@ -3,11 +3,13 @@
 import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npnet import schedules
 from npnet.checks import check_number, check_sizes, check_whole
+from npnet.schedule import Schedule
 from npnet.schedules import ScheduleLike
 
 EXAMPLES = {
@@ -67,6 +69,17 @@ def parse_arch(text: str) -> tuple[int, ...]:
     return tuple(check_sizes(sizes))
 
 
+@dataclass(frozen=True)
+class EveryNth:
+    """A checkpoint every ``n`` layers, at any depth."""
+
+    n: int
+
+    def __call__(self, depth: int) -> Schedule:
+        """The schedule."""
+        return schedules.every_nth(depth, self.n)
+
+
 def parse_checkpoints(text: str) -> ScheduleLike:
     """What --checkpoint-every takes: a number of layers, or the name of a schedule."""
     if text in schedules.MAKERS:
@@ -77,7 +90,7 @@ def parse_checkpoints(text: str) -> ScheduleLike:
         names = ", ".join(schedules.MAKERS)
         raise ValueError(f"expected a whole number of layers (0: off), or one of {names}, got {text!r}") from None
     check_whole(n, "the number of layers")
-    return lambda depth: schedules.every_nth(depth, n)
+    return EveryNth(n)
 
 
 def parse_out(text: str) -> Path:

@@ -172,8 +172,11 @@ def run_train(options: argparse.Namespace) -> int:
     with ranks.guard():
         with ranks.together():
             pass  # where the arguments of another rank were refused: see _parsed
-        ranks.alike({name: repr(each) for name, each in vars(options).items() if name not in ("run", "memory_budget")})
+        own = ("run", "memory_budget")  # a budget is each rank's own
+        ranks.alike({name: repr(each) for name, each in vars(options).items() if name not in own})
         with ranks.together():
+            if options.capture and ranks.size > 1:
+                raise ValueError("--capture works in one process only: leave it out, or start npnet without mpiexec")
             settings, saver = _begun(options)
         mnist.train(
             ranks.broadcast(settings),  # a save may be where rank 0 is alone
@@ -308,7 +311,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"npnet {options.command}: out of memory ({error}); try a smaller --arch or --batch-size", file=sys.stderr
         )
         return 1
-    except (OSError, datasets.DataError, SaveError, TrainingDiverged, RankFailed, ImportError) as error:
+    except RankFailed as error:
+        print(f"npnet {options.command}: {error}", file=sys.stderr)
+        return 0  # mpiexec joins the exit codes: the rank that failed says its own
+    except (OSError, datasets.DataError, SaveError, TrainingDiverged, ImportError) as error:
         print(f"npnet {options.command}: {error}", file=sys.stderr)
         return 1
     except (TypeError, ValueError, BackendUnavailable) as error:

@@ -84,7 +84,8 @@ def _advice(error: MemoryError, network: HasLayers, schedule: Schedule, x: Array
     text = f"memory ran out in a step on a batch of {len(x)} under the schedule {schedule.name!r}"
     text += f" ({error})" if str(error) else ""
     try:
-        used = plan(network, len(x), strategy=schedule, features=x.shape[1], **terms)
+        batch = len(x) * terms.get("ranks", 1)
+        used = plan(network, batch, strategy=schedule, features=x.shape[1], **terms)
         text += f": it takes {format_bytes(used.peak_bytes)}"
         text += "" if "optimizer" in terms else ", and what an optimizer keeps"
         if used.chain.depth <= MOST_LAYERS:

@@ -31,7 +31,7 @@ class Feed:
     def __call__(self, rows: Array) -> Array:
         """Rows of x as the model gets them."""
         moved = self._moved(rows)
-        return moved if self.transform is None else self.transform(moved)
+        return moved if self.transform is None or not len(rows) else self.transform(moved)  # a rank may have no rows
 
     def _moved(self, array: Array) -> Array:
         return to_backend(array, self.backend.name) if isinstance(array, np.ndarray) else array

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from npnet.backend import Array, array_module
 from npnet.layer import Layer, Parameter
+from npnet.layers import Sequential
 from npnet.losses import TrainingDiverged
 from npnet.pricing import buffer_bytes
+from npnet.random import new_step
 from npnet.ranks import RankFailed, Ranks
 
 
@@ -60,11 +62,15 @@ class GradientSums:
             array_module(parameters[0].value).empty(size // parameters[0].value.itemsize, parameters[0].value.dtype)
             for size in (buffer_bytes(layers) if parameters else [])
         ]
+        self.start()
+
+    def start(self) -> None:
+        """Before an update: nothing has been summed."""
+        self._loss: float | None = None  # of all ranks together, once they have agreed on it
         self._reset(None, str)
 
     def _reset(self, update: Callable[[Layer], object] | None, where: Callable[[], str]) -> None:
         self._update, self._where = update, where
-        self._loss: float | None = None  # of all ranks together, once they have agreed on it
         self._filling, self._used = 0, 0  # which buffer, and how many of its numbers
         self._waiting: list[Layer] = []  # whose gradients are in it
         self._parts: list[Part] = []
@@ -104,6 +110,22 @@ class GradientSums:
             return float(loss)
 
         return self.add, announce
+
+    def idle(self, network: Sequential, last: bool, update: Callable[[Layer], object] | None, value: float) -> None:
+        """In place of a pass on a micro-batch of which this rank has no row: its part of the gradients is zero.
+
+        Args: as for `begin`.
+        """
+        new_step()  # as many as on the others
+        self._reset(update, str)
+        if not last:
+            return
+        self.ranks.announce(value)
+        for layer in reversed(network.layers):
+            for parameter in layer.parameters():
+                if parameter.gradient is None:
+                    parameter.gradient = array_module(parameter.value).zeros_like(parameter.value)
+            self.add(layer)
 
     def add(self, layer: Layer) -> None:
         """The layer's gradients are complete, and go on their way sooner or later."""
@@ -158,7 +180,7 @@ class GradientSums:
         if self._under_way is None:
             return
         request, layers, parts = self._under_way
-        request.Wait()
+        self.ranks.wait(request)
         for parameter, view, gradient in parts:
             if gradient is None:
                 parameter.gradient = view

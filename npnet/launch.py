@@ -4,12 +4,16 @@ Several processes on one machine share its cores. Each with a BLAS thread for ev
 for the others, so each takes its part of the cores, unless the environment says otherwise.
 """
 
+import ctypes
 import os
 import platform
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from typing import NamedTuple
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
@@ -59,6 +63,8 @@ def supervise(launch: Launch) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # BLAS has threads, which it starts anew in a child
         child = os.fork()
     if not child:
+        with suppress(OSError, AttributeError):  # Linux: this one is killed with the one that stays behind
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

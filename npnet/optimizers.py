@@ -129,6 +129,18 @@ class Optimizer:
             if self._state[parameter]["steps"]
         }
 
+    def forget(self, parameters: Iterable[Parameter]) -> None:
+        """Begin anew with these parameters."""
+        for parameter in check_parameters(parameters):
+            self._state.pop(parameter, None)
+
+    def adopt(self, name: str, array: Array, parameters: Mapping[str, Parameter]) -> None:
+        """Remember one entry of another optimizer's `state_dict`: ``array`` itself, where it is on the host."""
+        kind, _, of = name.partition("/")
+        parameter = parameters[of]
+        kept = int(array) if kind == "steps" else to_backend(array, backend_of(parameter.value).name)
+        self._state.setdefault(parameter, {"steps": 0})[kind] = kept
+
     def load_state_dict(self, state: Mapping[str, Array], parameters: Mapping[str, Parameter]) -> None:
         """Remember what `state_dict` gave, for these parameters, instead of what is remembered now.
 
@@ -162,8 +174,7 @@ class Optimizer:
             backend = backend_of(weight).name
             arrays = {kind: to_backend(array.copy(order="K"), backend) for kind, array in given.items()}
             fresh[parameter] = {**arrays, "steps": int(steps)}
-        for parameter in parameters.values():
-            self._state.pop(parameter, None)
+        self.forget(parameters.values())
         self._state |= fresh
 
 

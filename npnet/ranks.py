@@ -24,11 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from npnet.backend import Array, array_module
+from npnet.backend import Array, BackendUnavailable, array_module
 from npnet.checks import shown
 from npnet.launch import launched
 from npnet.losses import TrainingDiverged, check_finite
 from npnet.savable import difference
+
+PATIENCE = 10.0
+"""Seconds after which a rank says that it waits for others."""
 
 INSTALL = "it needs the package mpi4py: pip install 'npnet[mpi]'"
 
@@ -38,7 +41,7 @@ class RankFailed(RuntimeError):
 
 
 class RankDiverged(TrainingDiverged):
-    """The loss of a rank's share is not finite; the message names the rank, and the layer where that begins."""
+    """What a rank computes on its share is not finite; the message names the rank, and the layer where that begins."""
 
 
 def world() -> Any:
@@ -61,6 +64,22 @@ def world() -> Any:
             f"different MPIs. mpi4py uses {MPI.Get_library_version().strip().splitlines()[0]}; take its mpiexec"
         )
     return MPI.COMM_WORLD
+
+
+def _own(communicator: Any) -> Any:
+    """One beside it, so that messages of npnet are never taken for others; the same one each time."""
+    from mpi4py import MPI
+
+    if not _keys:
+        _keys.append(MPI.Comm.Create_keyval())
+    own = communicator.Get_attr(_keys[0])
+    if own is None:
+        own = communicator.Dup()
+        communicator.Set_attr(_keys[0], own)
+    return own
+
+
+_keys: list[int] = []  # under which communicators remember those beside them
 
 
 def share_of(rank: int, size: int, rows: int) -> slice:
@@ -97,6 +116,7 @@ class Ranks:
                     f"{shown(communicator)}"
                 )
             self._in_place = MPI.IN_PLACE
+            self.communicator = _own(communicator)
             self.rank, self.size = communicator.Get_rank(), communicator.Get_size()
         self.ending = False  # all ranks know that this training fails, and how
         self.signal: int | None = None  # one that has come to this rank
@@ -113,7 +133,10 @@ class Ranks:
 
     def broadcast(self, value: Any) -> Any:
         """What rank 0 gives, on all ranks."""
-        return value if self.size == 1 else self.communicator.bcast(value, 0)
+        if self.size == 1:
+            return value
+        self.wait_for_all()
+        return self.communicator.bcast(value, 0)
 
     def total(self, number: int) -> int:
         """The sum of all ranks' numbers."""
@@ -121,7 +144,10 @@ class Ranks:
 
     def _everybodys(self, value: Any) -> list[Any]:
         """What each rank gives, on all ranks."""
-        return [value] if self.size == 1 else self.communicator.allgather(value)
+        if self.size == 1:
+            return [value]
+        self.wait_for_all()
+        return self.communicator.allgather(value)  # type: ignore[no-any-return]
 
     def processes(self) -> str:
         """Who is who, for people: when a process is killed, ``mpiexec`` says its number."""
@@ -129,10 +155,29 @@ class Ranks:
         return ", ".join(f"rank {rank} is {place}" for rank, place in enumerate(places))
 
     def wait_for_all(self) -> None:
-        """Go on when all ranks have come here; asleep meanwhile, so that those who work have the cores."""
-        request = None if self.size == 1 else self.communicator.Ibarrier()
-        while request is not None and not request.Test():
-            time.sleep(0.005)
+        """Go on when all ranks have come here."""
+        if self.size > 1 and not self.wait(self.communicator.Ibarrier(), PATIENCE):
+            text = f"{self} waits for the others: all of them must call npnet.fit, as often, and one after the other"
+            print(text, file=sys.stderr, flush=True)
+            self.wait(self.communicator.Ibarrier())
+
+    @staticmethod
+    def wait(request: Any, seconds: float = math.inf) -> bool:
+        """As ``request.Wait()``, but Python hears signals meanwhile, and those who work soon have the cores.
+
+        Returns:
+            Whether it is done; False if that would take longer than ``seconds``.
+        """
+        for _ in range(1000):  # less than a millisecond
+            if request.Test():
+                return True
+        began = time.monotonic()
+        while not request.Test():
+            waited = time.monotonic() - began
+            if waited > seconds:
+                return False
+            time.sleep(0 if waited < 0.05 else 0.002)
+        return True
 
     def alike(self, said: Mapping[str, Any]) -> None:
         """Refuse to go on where ranks say different things.
@@ -163,10 +208,14 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
-        texts = self._everybodys("" if failure is None else _text(failure))
-        if any(texts):
+        diverged = isinstance(failure, TrainingDiverged)
+        everybody = self._everybodys(("" if failure is None else _text(failure), diverged))
+        if any(text for text, _ in everybody):
             self.ending = True
-            raise self._failed(texts) if failure is None else failure
+            if self.size > 1 and all(diverged for text, diverged in everybody if text):  # the same kind on all ranks
+                rank, text = next((rank, text) for rank, (text, _) in enumerate(everybody) if text)
+                raise RankDiverged(f"rank {rank} of {self.size}: {text.removeprefix('TrainingDiverged: ')}") from None
+            raise self._failed([text for text, _ in everybody]) if failure is None else failure
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -218,7 +267,7 @@ class Ranks:
         assert self._said is not None
         (request, said, text), self._said = self._said, None
         own = float(said[0])
-        request.Wait()
+        self.wait(request)
         loss, failures, interrupts, terminations = (float(each) for each in said)
         if failures or not math.isfinite(loss):
             self.ending = True
@@ -243,8 +292,12 @@ class Ranks:
         if array_module(buffer) is np:
             return self.communicator.Iallreduce(self._in_place, buffer)
         if self._device is None:
+            from mpi4py import MPI
+
             from npnet.device_ranks import DeviceRanks
 
+            if self.size != MPI.COMM_WORLD.Get_size():
+                raise BackendUnavailable("communicator: on GPUs expected MPI.COMM_WORLD, got a part of it")
             self._device = DeviceRanks(array_module(buffer), self.rank, self.size)
         return self._device.start_sum(buffer)
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from npnet.backend import Array, to_host
+from npnet.blocks import Dropout
 from npnet.checkpoint import digest
 from npnet.checks import check_number, check_whole
+from npnet.layer import Layer
 from npnet.layers import Sequential
 from npnet.optimizers import Optimizer
 from npnet.precision import GradScaler
@@ -136,13 +138,45 @@ class TrainingRun:
         self.losses, self.seconds, self.stream = losses.tolist(), seconds, said["stream"]
 
     def share(self, ranks: Ranks) -> None:
-        """On all ranks: what rank 0 has, as if each went on with a save of it."""
+        """On all ranks: what rank 0 has, as if each went on with a save of it; array by array, to save memory."""
         said, arrays = self.state()
-        own = None if ranks.rank else (said, {name: to_host(array) for name, array in arrays.items()})
-        with ranks.together():
-            said, arrays = ranks.broadcast(own)
-            if ranks.rank:
-                self.load(said, arrays)
+        said, names, losses = ranks.broadcast((said, [name for name in arrays if name != "run/losses"], self.losses))
+        parameters = self.model.named_parameters()
+        if ranks.rank:
+            arrays = {}
+            self.optimizer.forget(parameters.values())
+        for name in names:
+            array = ranks.broadcast(None if ranks.rank else to_host(arrays[name]))
+            if not ranks.rank:
+                continue
+            if name.startswith("optimizer/"):
+                self.optimizer.adopt(name.removeprefix("optimizer/"), array, parameters)
+            else:
+                put({name: parameters[name]}, {name: array})
+        if ranks.rank:
+            self.generator.bit_generator.state = said["stream"]
+            set_next_step(said["next_step"])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(said["scaler"])
+            self.history.epochs[:] = [_epoch(row) for row in said["history"]]
+            self.epochs_before, self.seconds = said["epochs_before"], said["seconds"]
+            self.losses, self.stream = losses, said["stream"]
+
+
+def share_keys(model: Sequential, ranks: Ranks) -> None:
+    """On all ranks: the keys that rank 0's dropout layers draw their masks with."""
+    own = list(_dropouts(model))
+    keys = ranks.broadcast([layer.key for layer in own])
+    if len(keys) == len(own):
+        for layer, key in zip(own, keys, strict=True):
+            layer.key = key
+
+
+def _dropouts(layer: Layer) -> Iterator[Dropout]:
+    if isinstance(layer, Dropout):
+        yield layer
+    for child in layer.children().values():
+        yield from _dropouts(child)
 
 
 def _epoch(row: Mapping[str, Any]) -> Epoch:

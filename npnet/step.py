@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from npnet.backend import Array, array_module
+from npnet.backend import Array
 from npnet.checkpoint import backpropagate, clear_gradients
 from npnet.checks import check_kind, check_number, check_whole, shown
 from npnet.failures import explained, first_not_finite
@@ -44,9 +44,6 @@ class _OutputGradient:
         self.weight = check_number(weight, "weight", least=-math.inf)
 
     def __call__(self, output: Array) -> Array:
-        if not len(output):  # of a small batch this rank has no share
-            self.look(0.0)
-            return array_module(output).zeros_like(output)  # type: ignore[no-any-return]
         value, gradient = self.loss.value_and_gradient(output, self.y)
         self.value = self.look(value) * self.weight
         if self.weight != 1:
@@ -194,24 +191,31 @@ def accumulated_step(
     at_once = streaming and clip_norm is None and scaler is None
     update = (lambda layer: optimizer.step(layer.parameters())) if at_once else None
     before = None if scaler is None else scaler.state_dict()
+    if sums is not None:
+        sums.start()
     try:
         for x, y in _pairs(micro_batches):
             rows = rows_of(x, "micro_batches: x") if sums is None else sums.rows_of_all(samples - seen)
             terms = {"loss": loss, "optimizer": optimizer, "streaming": at_once}
             terms["accumulation_steps"] = 1 if rows == samples else 2
+            terms["ranks"] = 1 if sums is None else sums.ranks.size
             seen += rows
             if seen > samples or not samples:
                 break
-            weight, first = len(x) / samples * scale, 0
-            look: Callable[[Any], float] = check_finite
-            after = update if seen == samples else None
-            if sums is not None:
-                first = sums.ranks.share(rows).start
-                where = partial(first_not_finite, network.layers, x, next_step())
-                after, look = sums.begin(seen == samples, update, value, weight, where)
-            with explained(network, schedule, x, **terms), rows_from(first):
-                value += _add_gradients(network, loss, x, y, weight, schedule, after, determinism_check, look)
-            if seen == samples:
+            last = seen == samples
+            if sums is not None and not len(x):
+                sums.idle(network, last, update, value)
+            else:
+                weight, first = len(x) / samples * scale, 0
+                look: Callable[[Any], float] = check_finite
+                after = update if last else None
+                if sums is not None:
+                    first = sums.ranks.share(rows).start
+                    where = partial(first_not_finite, network.layers, x, next_step())
+                    after, look = sums.begin(last, update, value, weight, where)
+                with explained(network, schedule, x, **terms), rows_from(first):
+                    value += _add_gradients(network, loss, x, y, weight, schedule, after, determinism_check, look)
+            if last:
                 break
         if seen != samples or not samples:
             raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")

@@ -26,7 +26,7 @@ from npnet.failures import explained, rehearse
 from npnet.feeding import Feed
 from npnet.gradient_sums import GradientSums
 from npnet.interrupts import Interrupts
-from npnet.layer import Pair, needs_saved
+from npnet.layer import Layer, Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, TrainingDiverged
 from npnet.memory import parse_bytes
@@ -36,7 +36,7 @@ from npnet.pools import HardBudget
 from npnet.precision import GradScaler
 from npnet.random import RNG, as_generator
 from npnet.ranks import Ranks
-from npnet.run import History, TrainingRun, fingerprint
+from npnet.run import History, TrainingRun, fingerprint, share_keys
 from npnet.saver import Saver
 from npnet.schedules import ScheduleLike, as_schedule
 from npnet.step import accumulated_step
@@ -136,14 +136,15 @@ def fit(
             epochs, batch_size = check_whole(epochs, "epochs"), check_whole(batch_size, "batch_size", least=1)
             at_once = streaming and clip_norm is None and scaler is None
             terms: dict[str, Any] = {
-                "loss": loss, "optimizer": optimizer, "streaming": at_once, "accumulation_steps": accumulation_steps
+                "loss": loss, "optimizer": optimizer, "streaming": at_once, "accumulation_steps": accumulation_steps,
+                "ranks": ranks.size
             }  # fmt: skip
             budget = None
             if memory_budget is not None:
                 if not (isinstance(schedule, str) and schedule == "none"):
                     raise ValueError("give schedule or memory_budget, not both")
                 with mode(model, training=True):
-                    planned = plan(model, batch_size, memory_budget=memory_budget, ranks=ranks.size, **terms)
+                    planned = plan(model, batch_size, memory_budget=memory_budget, **terms)
                 schedule, budget = planned.schedule, parse_bytes(memory_budget) - planned.chain.communication
             schedule = as_schedule(schedule, len(model.layers), needs_saved(model.layers))
             parameters, generator = model.parameters(), as_generator(rng)
@@ -179,7 +180,9 @@ def fit(
             sums = GradientSums(ranks, model.layers, batch_size) if ranks.size > 1 else None
         if sums is not None:
             test = None if test_data is None else _fingerprints(test_data, prepared)
-            ranks.alike({**_versions(), "model": _said(model), "epochs": epochs, "test data": test, **conditions})
+            share_keys(model, ranks)
+            said = {**_versions(), "model": _said(model), "epochs": epochs, "test data": test, "streaming": streaming}
+            ranks.alike({**said, **conditions})
         saver = saver if ranks.rank == 0 else None
         with ranks.together():
             if saver is not None:
@@ -224,15 +227,17 @@ def fit(
         )
         with Interrupts() as interrupts:
             if at_once and not capture:
-                few = prepared(x[ranks.share(batch_size)])
+                few = x[ranks.share(batch_size)]
+                few = prepared(few) if len(few) else few
                 with ranks.together(), mode(model, training=True), explained(model, schedule, few, **terms), limit:
-                    rehearse(
-                        model.layers,
-                        schedule,
-                        few,
-                        lambda layer: optimizer.prepare(layer.parameters()),
-                        accumulating=accumulation_steps > 1,
-                    )
+                    if len(few):
+                        rehearse(
+                            model.layers,
+                            schedule,
+                            few,
+                            lambda layer: optimizer.prepare(layer.parameters()),
+                            accumulating=accumulation_steps > 1,
+                        )
             while run.epoch < epochs:
                 loop.epoch(interrupts)
             if saver is not None:
@@ -248,12 +253,15 @@ def _fingerprints(pair: Pair, prepared: Callable[[Array], Array]) -> dict[str, s
     return {"x": fingerprint(pair[0], prepared), "y": fingerprint(pair[1])}
 
 
-def _said(model: Sequential) -> Any:
-    """What a model is, as JSON: as far as it says."""
+def _said(layer: Layer) -> Any:
+    """What a layer is, as JSON; one of one's own that does not say it, as far as can be seen."""
     try:
-        return model.description()
-    except TypeError:  # a layer of one's own does not
-        return {name: list(parameter.value.shape) for name, parameter in model.named_parameters().items()}
+        return layer.description()
+    except TypeError:
+        plain = {name: each for name, each in vars(layer).items() if isinstance(each, (bool, int, float, str))}
+        shapes = {name: list(each.value.shape) for name, each in layer.named_parameters().items()}
+        inside = {name: _said(child) for name, child in layer.children().items()}
+        return {"kind": type(layer).__name__, **plain, "parameters": shapes, "inside": inside}
 
 
 def _versions() -> dict[str, str]:

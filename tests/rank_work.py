@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +218,86 @@ def diverging(folder: Path) -> Any:
         return [str(error), bool(np.array_equal(before, after))]
 
 
+def diverging_tests(folder: Path) -> Any:
+    """The last row of the test data, which is the last rank's, is too much: all hear the same kind of error."""
+    x, y = data()
+    x[-1] = 1e200
+    network = mlp([FEATURES, 16, 16, CLASSES], "identity", dtype=np.float64, rng=0)
+    network.layers[-1].weight.value *= 1e200  # type: ignore[attr-defined]
+    few = x[:20] * 1e-300, y[:20]
+    said = []
+    for _ in range(2):
+        try:
+            trained(network, 1, data=few, test_data=(x, y), optimizer=SGD(0.0))
+        except npnet.TrainingDiverged as error:
+            said.append(str(error))
+    return said
+
+
+def failing_transform(folder: Path) -> Any:
+    """Rank 1 fails between two steps: all can be told."""
+    passes = []
+
+    def transform(rows: np.ndarray) -> np.ndarray:
+        passes.append(rows)
+        if RANK == 1 and len(passes) == 7:
+            fails()
+        return rows
+
+    try:
+        trained(model(), transform=transform)
+    except (ZeroDivisionError, npnet.RankFailed) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def unseeded(folder: Path) -> Any:
+    """Dropout and weights that each rank has drawn for itself are rank 0's, and so is what the optimizer remembers."""
+    optimizer, hashes = Adam(1e-2), []
+    for _ in range(2):
+        layers = [Dense(FEATURES, 16, "tanh", dtype=np.float64), Dropout(0.5), Dense(16, CLASSES, dtype=np.float64)]
+        weights = trained(Sequential(*layers), 2, optimizer=optimizer, dropout_seed=RANK)
+        hashes.append(hashlib.sha256(weights.tobytes()).hexdigest())
+    network = Sequential(*layers)
+    if RANK:
+        optimizer.forget(network.parameters())
+    weights = trained(network, 2, optimizer=optimizer)
+    return [*hashes, hashlib.sha256(weights.tobytes()).hexdigest()]
+
+
+def again(folder: Path) -> Any:
+    """Planned, and measured where the optimizer remembers something already; the parameters are most of it."""
+    tracemalloc.start()  # so that it knows what is freed later
+    x, y = np.ones((8, 600), np.float32), np.eye(600, dtype=np.float32)[np.arange(8)]
+    network, optimizer = mlp([600] * 7, "tanh", rng=0), Adam()
+    size = COMMUNICATOR.Get_size()
+    planned = plan(network, 8, strategy="none", loss=SoftmaxCrossEntropy(), optimizer=optimizer, ranks=size)
+
+    def step() -> None:
+        fit(network, (x, y), loss=SoftmaxCrossEntropy(), optimizer=optimizer, epochs=1, batch_size=8, log=False,
+            communicator=COMMUNICATOR)  # fmt: skip
+
+    step()
+    there = 3 * sum(parameter.value.nbytes for parameter in network.parameters())
+    return [planned.peak_bytes - there, measure_peak(step).increase_bytes, max(
+        parameter.value.nbytes for parameter in network.parameters())]  # fmt: skip
+
+
+class Scaled(Layer):
+    """A layer of one's own that cannot say how it was made."""
+
+    output_suffices = True
+
+    def __init__(self, by: float) -> None:
+        self.factor = by
+
+    def forward(self, x: np.ndarray) -> Any:
+        y = x * self.factor
+        return y, (x, y)
+
+    def backward(self, dy: np.ndarray, saved: Any) -> np.ndarray:
+        return dy * self.factor
+
+
 def unlike(folder: Path) -> Any:
     """Each kind of difference between the ranks: the message on each."""
     said = {}
@@ -227,6 +308,8 @@ def unlike(folder: Path) -> Any:
         "optimizer": {"optimizer": Adam(0.1 if RANK == 1 else 0.01)},
         "data": {"data": (other, y)},
         "model": {"network": model(hidden=5 + RANK)},
+        "streaming": {"streaming": RANK == 0},
+        "own layer": {"network": Sequential(*model().layers[:2], Scaled(2.0 + RANK), *model().layers[2:])},
         "argument": {"epochs": -1 if RANK == 1 else 1},
         "own budget": {"memory_budget": "1 kB" if RANK == 1 else "1 GB"},
     }.items():

@@ -129,6 +129,16 @@ def test_half_precision_overflows_for_all_ranks_or_none(tmp_path: Path) -> None:
     assert scaler["good_steps"] > 0
 
 
+def test_what_each_rank_has_drawn_or_remembers_is_rank_0s(tmp_path: Path) -> None:
+    hashes = work(3, "unseeded", tmp_path)
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+def test_what_rank_0_remembers_is_handed_over_in_little_memory(tmp_path: Path) -> None:
+    for planned, measured, largest in work(2, "again", tmp_path):
+        assert measured <= planned + 3 * largest + 2**17  # an array on its way, twice
+
+
 # Saves.
 
 
@@ -203,6 +213,18 @@ def test_a_rank_that_diverges_is_named_with_its_layer_and_nothing_is_updated(tmp
         assert unchanged
 
 
+def test_an_evaluation_that_diverges_on_one_rank_does_on_all(tmp_path: Path) -> None:
+    said = work(2, "diverging_tests", tmp_path)
+    assert said[0] == said[1]
+    assert len(said[0]) == 2  # nobody is left waiting
+    assert "rank 1 of 2: the network's output (its sum) is " in said[0][0]
+
+
+def test_a_rank_that_fails_between_two_steps_is_named_on_all(tmp_path: Path) -> None:
+    own, other = "ZeroDivisionError: on purpose", "RankFailed: rank 1 of 2 failed: ZeroDivisionError: on purpose"
+    assert work(2, "failing_transform", tmp_path) == [other, own]
+
+
 def test_ranks_with_different_arguments_data_or_versions_are_refused_and_the_difference_named(tmp_path: Path) -> None:
     said = work(2, "unlike", tmp_path)
     for each in said:
@@ -211,6 +233,8 @@ def test_ranks_with_different_arguments_data_or_versions_are_refused_and_the_dif
         assert each["optimizer"] == f"{alike}optimizer.learning_rate is 0.01 on rank 0, 0.1 on rank 1"
         assert each["data"].startswith(f"{alike}training data.x is '203 x 20, hash ")
         assert each["model"].startswith(f"{alike}model.config.layers is [")
+        assert each["streaming"] == f"{alike}streaming is True on rank 0, False on rank 1"
+        assert each["own layer"].endswith("factor is 2.0 on rank 0, 3.0 on rank 1")
         assert each["version"] == "all ranks must train alike: npnet is '0.0' on rank 0, '0.1' on rank 1"
     assert said[1]["argument"] == "ValueError: epochs: expected a whole number, at least 0, got -1"
     assert said[0]["argument"] == f"RankFailed: rank 1 of 2 failed: {said[1]['argument']}"

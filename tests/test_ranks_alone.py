@@ -1,6 +1,7 @@
 """What several ranks are told and what each takes of a batch, without MPI; and what is said where it is missing."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,13 @@ from npnet.backend import BackendUnavailable
 from npnet.blocks import keep_mask
 from npnet.datasets import batches
 from npnet.device_ranks import DeviceRanks
+from npnet.failures import _advice
 from npnet.layers import mlp
-from npnet.optimizers import SGD
+from npnet.optimizers import SGD, Adam
 from npnet.pricing import MESSAGE_BYTES, buffer_bytes
 from npnet.random import draws, first_row, one_step, rows_from
 from npnet.ranks import Ranks, share_of
+from npnet.schedules import none
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,6 +96,14 @@ def test_a_plan_for_ranks_is_that_of_a_share_and_the_buffers() -> None:
     assert tight.extra_forwards > 0
     with pytest.raises(ValueError, match="ranks: expected a whole number, at least 1, got 0"):
         plan(network, 10, ranks=0)
+
+
+def test_the_budget_that_is_advised_when_memory_runs_out_will_do() -> None:
+    network, optimizer = mlp([784, *[128] * 20, 10], rng=0), Adam()
+    terms = {"loss": SoftmaxCrossEntropy(), "optimizer": optimizer, "streaming": True, "ranks": 2}
+    text = _advice(MemoryError(), network, none(21), np.ones((256, 784), np.float32), terms)
+    budget = int(re.findall(r"memory_budget=(\d+)", text)[0])
+    assert plan(network, 512, memory_budget=budget, **terms).peak_bytes <= budget  # type: ignore[arg-type]
 
 
 # Started by mpiexec, or not.

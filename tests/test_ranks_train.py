@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from npnet.archive import read_archive
@@ -18,6 +19,7 @@ from tests.test_ranks import MPIEXEC, ended, pytestmark  # noqa: F401 - skipped 
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = ["--quiet", "--arch", "784,16x6,10", "--dtype", "float64", "--epochs", "2", "--batch-size", "100"]
+OPTIONS += ["--checkpoint-every", "3", "--samples", "601"]  # the last batch is one row: fewer than there are ranks
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,9 @@ def test_a_training_goes_on_with_the_settings_of_its_save(small: Path, tmp_path:
     code, printed, err = npnet((3, ["train", "--quiet", "--data", small, "--out", tmp_path, "--resume"]))
     assert (code, err) == (0, "")
     assert "784,16x6,10 relu, softmax_cross_entropy, adam 0.001, batch 100, float64 on 3 ranks" in printed
+    code, _, err = npnet((3, ["train", "--quiet", "--data", small, "--out", tmp_path, "--resume", "--epochs", 9]))
+    assert code == 2
+    assert err.endswith("epochs, while the learning rate falls is 2 there, 9 here\n")
 
 
 def test_bad_arguments_are_refused_once(small: Path) -> None:
@@ -118,3 +123,21 @@ def test_a_rank_that_is_killed_is_named_and_the_save_goes_on(small: Path, tmp_pa
     )
     assert (code, err) == (0, "")
     assert f"the last good save is {tmp_path / 'save.npz'}: {epochs} epochs and 0 steps" in printed
+
+
+def test_without_the_process_that_stays_behind_all_end_too(small: Path, tmp_path: Path) -> None:
+    process = begun((2, ["train", *OPTIONS, "--data", small, "--epochs", 2000]))
+    assert process.stdout is not None
+    worker = psutil.Process(int(re.findall(r"rank 1 is process (\d+) on ", process.stdout.readline())[0]))
+    time.sleep(1)
+    worker.parent().kill()
+    assert ended(process, 10)[0] != 0
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_works_in_one_process_only_is_refused_at_once() -> None:
+    code, printed, err = npnet((2, ["train", "--capture"]))
+    assert (code, printed) == (2, "")
+    assert (
+        err == "npnet train: error: --capture works in one process only: leave it out, or start npnet without mpiexec\n"
+    )
