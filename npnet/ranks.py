@@ -66,19 +66,6 @@ def world() -> Any:
     return MPI.COMM_WORLD
 
 
-def _own(communicator: Any) -> Any:
-    """One beside it, so that messages of npnet are never taken for others; the same one each time."""
-    from mpi4py import MPI
-
-    if not _keys:
-        _keys.append(MPI.Comm.Create_keyval())
-    own = communicator.Get_attr(_keys[0])
-    if own is None:
-        own = communicator.Dup()
-        communicator.Set_attr(_keys[0], own)
-    return own
-
-
 _keys: list[int] = []  # under which communicators remember those beside them
 
 
@@ -116,8 +103,8 @@ class Ranks:
                     f"{shown(communicator)}"
                 )
             self._in_place = MPI.IN_PLACE
-            self.communicator = _own(communicator)
             self.rank, self.size = communicator.Get_rank(), communicator.Get_size()
+            self.communicator = self._beside(communicator, MPI.Comm.Create_keyval)
         self.ending = False  # all ranks know that this training fails, and how
         self.signal: int | None = None  # one that has come to this rank
         self.agreed_signal: int | None = None  # one that all ranks end for
@@ -126,6 +113,17 @@ class Ranks:
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.size}"
+
+    def _beside(self, communicator: Any, create_key: Callable[[], int]) -> Any:
+        """A communicator of npnet's own, so that its messages are never taken for others; the same one each time."""
+        if not _keys:
+            _keys.append(create_key())
+        own = communicator.Get_attr(_keys[0])
+        if own is None:
+            own, request = communicator.Idup()
+            self._wait_patiently(request)
+            communicator.Set_attr(_keys[0], own)
+        return own
 
     def share(self, rows: int) -> slice:
         """This rank's part of a batch (see `share_of`)."""
@@ -156,10 +154,15 @@ class Ranks:
 
     def wait_for_all(self) -> None:
         """Go on when all ranks have come here."""
-        if self.size > 1 and not self.wait(self.communicator.Ibarrier(), PATIENCE):
+        if self.size > 1:
+            self._wait_patiently(self.communicator.Ibarrier())
+
+    def _wait_patiently(self, request: Any) -> None:
+        """Wait, and say so if it takes long."""
+        if not self.wait(request, PATIENCE):
             text = f"{self} waits for the others: all of them must call npnet.fit, as often, and one after the other"
             print(text, file=sys.stderr, flush=True)
-            self.wait(self.communicator.Ibarrier())
+            self.wait(request)
 
     @staticmethod
     def wait(request: Any, seconds: float = math.inf) -> bool:

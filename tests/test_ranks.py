@@ -225,6 +225,16 @@ def test_a_rank_that_fails_between_two_steps_is_named_on_all(tmp_path: Path) -> 
     assert work(2, "failing_transform", tmp_path) == [other, own]
 
 
+def test_a_rank_that_waits_for_long_says_so_and_goes_on_when_all_are_there(tmp_path: Path) -> None:
+    code, out, err = ended(start(2, "-m", "tests.rank_work", "late", tmp_path))
+    assert (code, err) == (
+        0,
+        "rank 0 of 2 waits for the others: all of them must call npnet.fit, as often, and one after the other\n",
+    )
+    first, second = json.loads(out)
+    assert first == second
+
+
 def test_ranks_with_different_arguments_data_or_versions_are_refused_and_the_difference_named(tmp_path: Path) -> None:
     said = work(2, "unlike", tmp_path)
     for each in said:
