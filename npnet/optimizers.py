@@ -129,12 +129,12 @@ class Optimizer:
             if self._state[parameter]["steps"]
         }
 
-    def forget(self, parameters: Iterable[Parameter]) -> None:
+    def _forget(self, parameters: Iterable[Parameter]) -> None:
         """Begin anew with these parameters."""
         for parameter in check_parameters(parameters):
             self._state.pop(parameter, None)
 
-    def adopt(self, name: str, array: Array, parameters: Mapping[str, Parameter]) -> None:
+    def _adopt(self, name: str, array: Array, parameters: Mapping[str, Parameter]) -> None:
         """Remember one entry of another optimizer's `state_dict`: ``array`` itself, where it is on the host."""
         kind, _, of = name.partition("/")
         parameter = parameters[of]
@@ -174,7 +174,7 @@ class Optimizer:
             backend = backend_of(weight).name
             arrays = {kind: to_backend(array.copy(order="K"), backend) for kind, array in given.items()}
             fresh[parameter] = {**arrays, "steps": int(steps)}
-        self.forget(parameters.values())
+        self._forget(parameters.values())
         self._state |= fresh
 
 

@@ -144,13 +144,13 @@ class TrainingRun:
         parameters = self.model.named_parameters()
         if ranks.rank:
             arrays = {}
-            self.optimizer.forget(parameters.values())
+            self.optimizer._forget(parameters.values())
         for name in names:
             array = ranks.broadcast(None if ranks.rank else to_host(arrays[name]))
             if not ranks.rank:
                 continue
             if name.startswith("optimizer/"):
-                self.optimizer.adopt(name.removeprefix("optimizer/"), array, parameters)
+                self.optimizer._adopt(name.removeprefix("optimizer/"), array, parameters)
             else:
                 put({name: parameters[name]}, {name: array})
         if ranks.rank:

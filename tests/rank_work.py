@@ -267,7 +267,7 @@ def unseeded(folder: Path) -> Any:
         hashes.append(hashlib.sha256(weights.tobytes()).hexdigest())
     network = Sequential(*layers)
     if RANK:
-        optimizer.forget(network.parameters())
+        optimizer._forget(network.parameters())
     weights = trained(network, 2, optimizer=optimizer)
     return [*hashes, hashlib.sha256(weights.tobytes()).hexdigest()]
 
