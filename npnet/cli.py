@@ -17,6 +17,7 @@ from npnet.archive import SaveError
 from npnet.arguments import EXAMPLES, argument, number, parse_arch, parse_checkpoints, parse_file, parse_out, whole
 from npnet.backend import BackendUnavailable, get_backend
 from npnet.device import compare_devices, diagnose
+from npnet.device_ranks import take_device
 from npnet.failures import OutOfMemory
 from npnet.files import write_text
 from npnet.launch import launched, supervise
@@ -178,10 +179,13 @@ def run_train(options: argparse.Namespace) -> int:
             if options.capture and ranks.size > 1:
                 raise ValueError("--capture works in one process only: leave it out, or start npnet without mpiexec")
             settings, saver = _begun(options)
+        with ranks.together():
+            backend = get_backend(options.backend)
+            take_device(backend, launched())
         mnist.train(
             ranks.broadcast(settings),  # a save may be where rank 0 is alone
             options.checkpoint_every,
-            get_backend(options.backend),
+            backend,
             memory_budget=options.memory_budget,
             capture=options.capture,
             data=options.data,

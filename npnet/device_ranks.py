@@ -6,7 +6,15 @@ device waits for it there. MPI only introduces the ranks to each other; each has
 
 from typing import Any
 
-from npnet.backend import Array, BackendUnavailable
+from npnet.backend import Array, Backend, BackendUnavailable
+from npnet.launch import Launch
+
+
+def take_device(backend: Backend, launch: Launch | None) -> None:
+    """Work on the GPU that is this rank's, from now on: each has one of its own, where there are enough."""
+    if launch is not None and hasattr(backend.xp, "cuda"):
+        cuda = backend.xp.cuda
+        cuda.Device(launch.local_rank % cuda.runtime.getDeviceCount()).use()
 
 
 class DeviceRanks:

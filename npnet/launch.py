@@ -18,27 +18,29 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 RANK_SIZE_LOCAL = (
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_SIZE", "LOCAL_RANK")),  # Open MPI
 )
 """What launchers say in the environment."""
 
 
 class Launch(NamedTuple):
-    """Which process this is, of how many, and of how many on this machine."""
+    """Which process this is, of how many, of how many on this machine, and which of these."""
 
     rank: int
     size: int
     local_size: int
+    local_rank: int = 0
 
 
 def launched() -> Launch | None:
     """What the launcher says, if there is one and it has started more than one process."""
-    for rank, size, local in RANK_SIZE_LOCAL:
-        said = [os.environ.get(name, "") for name in (rank, size)]
-        if all(text.isdecimal() for text in said) and int(said[1]) > 1:
-            local_size = os.environ.get(local, "")
-            return Launch(int(said[0]), int(said[1]), int(local_size) if local_size.isdecimal() else int(said[1]))
+    for names in RANK_SIZE_LOCAL:
+        rank, size, local_size, local_rank = (
+            int(text) if text.isdecimal() else None for text in (os.environ.get(name, "") for name in names)
+        )
+        if rank is not None and size is not None and size > 1:
+            return Launch(rank, size, local_size or size, local_rank or 0)
     return None
 
 

@@ -18,7 +18,7 @@ from npnet import Dense, SoftmaxCrossEntropy, fit, launch, plan
 from npnet.backend import BackendUnavailable
 from npnet.blocks import keep_mask
 from npnet.datasets import batches
-from npnet.device_ranks import DeviceRanks
+from npnet.device_ranks import DeviceRanks, take_device
 from npnet.failures import _advice
 from npnet.layers import mlp
 from npnet.optimizers import SGD, Adam
@@ -112,6 +112,7 @@ ENVIRONMENTS: list[tuple[dict[str, str], launch.Launch | None]] = [
     ({}, None),
     ({"PMI_RANK": "0", "PMI_SIZE": "1", "MPI_LOCALNRANKS": "1"}, None),
     ({"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "2"}, launch.Launch(1, 4, 2)),
+    ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1"}, launch.Launch(3, 4, 2, 1)),
     ({"PMI_RANK": "1", "PMI_SIZE": "4"}, launch.Launch(1, 4, 4)),
     ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, launch.Launch(2, 3, 3)),
     ({"PMI_RANK": "x", "PMI_SIZE": "4"}, None),
@@ -251,6 +252,21 @@ def test_sums_on_gpus_wait_for_each_other_on_the_device(monkeypatch: pytest.Monk
         "own: record event 1",
         "current: wait for event 1",
     ]
+
+
+def test_each_rank_of_a_machine_takes_a_gpu_of_its_own() -> None:
+    used: list[int] = []
+    cuda = SimpleNamespace(
+        Device=lambda number: SimpleNamespace(use=lambda: used.append(number)),
+        runtime=SimpleNamespace(getDeviceCount=lambda: 2),
+    )
+    backend = SimpleNamespace(xp=SimpleNamespace(cuda=cuda))
+    for local_rank in range(3):
+        take_device(backend, launch.Launch(local_rank + 4, 8, 4, local_rank))  # type: ignore[arg-type]
+    assert used == [0, 1, 0]
+    take_device(backend, None)  # type: ignore[arg-type]
+    take_device(npnet.get_backend("numpy"), launch.Launch(0, 2, 2))
+    assert used == [0, 1, 0]
 
 
 def test_without_nccl_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
