@@ -434,6 +434,7 @@ ON_PURPOSE = {
     ("random", "set_state"),  # npnet.load puts the stream back that a class of one's own has drawn from
     ("compare", "seed"),  # the exercise's report, which draws the exercise's networks and puts the stream back
     ("compare", "set_state"),
+    ("device_ranks", "use"),  # the GPU of a rank: of the thread
     ("launch", "catch_warnings"),  # around the fork of a command under mpiexec, before it has threads of its own
     ("launch", "simplefilter"),
 }
