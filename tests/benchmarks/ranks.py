@@ -94,7 +94,7 @@ class Stopwatch:
 
     def __init__(self, ranks: Any) -> None:
         self.seconds, self.bytes_of_a_step = 0.0, list[int]()
-        agree, start_sum = ranks.agree, ranks.start_sum
+        agree, start_sum, wait = ranks.agree, ranks.start_sum, ranks.wait
 
         def timed_agree(where: Any) -> Any:
             self.bytes_of_a_step = []
@@ -105,7 +105,11 @@ class Stopwatch:
             request = self._timed(lambda: start_sum(buffer))
             return TimedRequest(request, self)
 
-        ranks.agree, ranks.start_sum = timed_agree, timed_sum
+        def timed_wait(request: Any) -> Any:
+            own = isinstance(request, TimedRequest)  # else within agree, whose time is taken
+            return self._timed(lambda: wait(request.request)) if own else wait(request)
+
+        ranks.agree, ranks.start_sum, ranks.wait = timed_agree, timed_sum, timed_wait
 
     def _timed(self, call: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -118,7 +122,7 @@ class TimedRequest:
     """A request whose calls are timed."""
 
     def __init__(self, request: Any, watch: Stopwatch) -> None:
-        self.Wait = lambda: watch._timed(request.Wait)
+        self.request = request
         self.Test = lambda: watch._timed(request.Test)
 
 
