@@ -17,9 +17,11 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 
 from npnet import backend as registry
-from npnet import blocks
+from npnet import blocks, pools
+from npnet.backend import ones
 from npnet.fusing import FUSED
 from tests.guard import DeviceArray, GuardModule
 from tests.streams import Streams, transfers
@@ -327,3 +329,12 @@ def _installed(device: Device, module: DeviceModule) -> Iterator[None]:
         registry.register_backend("cupy", lambda: registry.Backend("cupy", module, DeviceArray, module.asnumpy))
         registry.get_backend("cupy")
         yield
+
+
+@contextmanager
+def counted_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """The device with nothing on it that earlier tests have left."""
+    monkeypatch.setattr(pools, "_kept", [])
+    ones.cache_clear()  # these arrays live on, and would not be allocated again
+    with install_device() as device:
+        yield device

@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 import npnet
-from npnet import pools
-from npnet.backend import ones
 from npnet.cli import main
 from npnet.optimal import smallest_budget
-from tests.pool import Device, install_device
+from tests.pool import Device, counted_device
 from tests.scenarios import fresh_registry as fresh_registry
 
 SIZES = [20, *[64] * 20, 10]
@@ -25,10 +23,8 @@ Y = np.eye(10, dtype=np.float32)[RNG.integers(10, size=900)]
 
 
 @pytest.fixture(name="device", autouse=True)
-def counted_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    monkeypatch.setattr(pools, "_kept", [])
-    ones.cache_clear()  # these arrays live on, and would not be allocated again
-    with install_device() as device:
+def clean_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    with counted_device(monkeypatch) as device:
         yield device
         gc.collect()
         assert not device.dangling

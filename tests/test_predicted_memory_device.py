@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import npnet
-from npnet import pools, pricing
+from npnet import pricing
 from npnet.backend import ones
 from npnet.checkpoint import checkpoint
 from npnet.step import accumulated_step
-from tests.pool import Device, install_device
+from tests.pool import Device, counted_device
 from tests.scenarios import fresh_registry as fresh_registry
 
 ACTIVATIONS = ["relu", "sigmoid", "tanh", "identity"]
@@ -20,10 +20,8 @@ OPTIMIZERS = [lambda: npnet.SGD(0.0), lambda: npnet.SGD(0.0, momentum=0.9), lamb
 
 
 @pytest.fixture(name="device", autouse=True)
-def counted_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    monkeypatch.setattr(pools, "_kept", [])
-    ones.cache_clear()  # these arrays live on, and would not be allocated again
-    with install_device() as device:
+def clean_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    with counted_device(monkeypatch) as device:
         yield device
 
 
