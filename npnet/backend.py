@@ -208,8 +208,10 @@ def array_module(x: Any) -> Any:
     >>> array_module(np.zeros(3)).__name__
     'numpy'
     """
-    backend = _by_type.get(type(x)) or backend_of(x)  # looked up here, too: layers ask this a hundred times a step
-    return backend.xp
+    try:
+        return _by_type[type(x)].xp  # looked up here, too: layers ask this a hundred times a step
+    except KeyError:
+        return backend_of(x).xp
 
 
 def to_backend(x: Any, name: str | None = None) -> Array:

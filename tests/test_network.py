@@ -214,6 +214,25 @@ def test_what_forward_between_checkpoints_returns_is_what_backprop_uses():
     assert not any(map(np.any, nabla_b[:5] + nabla_w[:6]))  # where a = 0, the sigmoid has no slope
 
 
+@pytest.mark.parametrize("place", [NetworkWithCheckpointing, "the network"])
+def test_a_forward_between_checkpoints_put_in_the_place_of_npnets_takes_effect(place, monkeypatch):
+    network = NetworkWithCheckpointing([4] * 7 + [3], 3, rng=0)
+    own, calls = network.forward_between_checkpoints, []
+
+    def zeros(*arguments):
+        calls.append(arguments[-2:])
+        return [0 * a for a in own(*arguments[-3:])]
+
+    monkeypatch.setattr(network if place == "the network" else place, "forward_between_checkpoints", zeros)
+    nabla_b, nabla_w = network.backprop(X.T, Y.T)
+    assert calls == [(3, 5), (0, 2)]
+    assert not any(map(np.any, nabla_b[:5] + nabla_w[:6]))  # where a = 0, the sigmoid has no slope
+    monkeypatch.undo()
+    nabla_b, nabla_w = network.backprop(X.T, Y.T)
+    assert all(map(np.any, nabla_b + nabla_w))
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("rng", [3, np.int64(3), lambda: np.random.default_rng(3)])
 def test_rng_alone_decides_the_network(rng):
     networks = []
