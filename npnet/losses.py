@@ -7,7 +7,7 @@ for the device until somebody calls ``float()``.
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -105,36 +105,48 @@ def _check_pair(output: Array, target: Array) -> None:
         )
 
 
-class _SquaredError(Loss):
-    def _weight(self, output: Array) -> float:
-        """The factor w of L = w/2 * sum (output - target)^2."""
-        raise NotImplementedError
+class _ByFormula(Loss):
+    """A loss whose value and gradient are elementwise arithmetic and sums, so that a GPU can do it as one kernel."""
 
     def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
         _check_pair(output, target)
-        xp, weight = array_module(output), self._weight(output)
+        return self._formula(output, target, self._scale(output))
+
+    def _scale(self, output: Array) -> float:
+        """What makes a mean of the sum."""
+        raise NotImplementedError
+
+    def _formula(self, output: Array, target: Array, scale: Any) -> tuple[Array, Array]:
+        raise NotImplementedError
+
+
+class _SquaredError(_ByFormula):
+    """L = scale/2 * sum (output - target)^2."""
+
+    def _formula(self, output: Array, target: Array, scale: Any) -> tuple[Array, Array]:
+        xp = array_module(output)
         difference = xp.subtract(output, target)  # (batch, features)
         flat = difference.ravel()
-        value = xp.dot(flat, flat) * (0.5 * weight)
-        xp.multiply(difference, weight, out=difference)
+        value = xp.dot(flat, flat) * scale * 0.5
+        xp.multiply(difference, scale, out=difference)
         return value, difference
 
 
 class Quadratic(_SquaredError):
     """L = 1/(2 batch) * sum of (output - target)^2  (Nielsen, 2015, eq. 6); gradient (output - target) / batch."""
 
-    def _weight(self, output: Array) -> float:
+    def _scale(self, output: Array) -> float:
         return 1.0 / len(output)
 
 
 class MeanSquaredError(_SquaredError):
     """L = 1/(batch * features) * sum of (output - target)^2, as ``torch.nn.MSELoss``."""
 
-    def _weight(self, output: Array) -> float:
+    def _scale(self, output: Array) -> float:
         return 2.0 / output.size
 
 
-class SoftmaxCrossEntropy(Loss):
+class SoftmaxCrossEntropy(_ByFormula):
     """L = -1/batch * sum of target * log softmax(output); gradient (softmax(output) - target) / batch.
 
     Takes logits, not probabilities. log softmax(z) = s - log(sum exp(s)) with s = z - max(z) never overflows.
@@ -143,16 +155,18 @@ class SoftmaxCrossEntropy(Loss):
 
     loss_arrays = 2
 
-    def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
-        _check_pair(output, target)
-        xp, batch = array_module(output), len(output)
+    def _scale(self, output: Array) -> float:
+        return 1.0 / len(output)
+
+    def _formula(self, output: Array, target: Array, scale: Any) -> tuple[Array, Array]:
+        xp = array_module(output)
         shifted = xp.subtract(output, output.max(axis=1, keepdims=True))  # (batch, classes)
         exp = xp.exp(shifted)
         total = exp.sum(axis=1, keepdims=True)  # (batch, 1)
-        value = (xp.log(total).sum() - xp.dot(target.ravel(), shifted.ravel())) / batch
+        value = (xp.log(total).sum() - xp.dot(target.ravel(), shifted.ravel())) * scale
         xp.divide(exp, total, out=exp)
         xp.subtract(exp, target, out=exp)
-        xp.multiply(exp, 1.0 / batch, out=exp)
+        xp.multiply(exp, scale, out=exp)
         return value, exp
 
     def check_targets(self, targets: Array, features: int) -> None:
@@ -166,7 +180,7 @@ class SoftmaxCrossEntropy(Loss):
             )
 
 
-class BCEWithLogits(Loss):
+class BCEWithLogits(_ByFormula):
     """L = -1/(batch * features) * sum of t log s(z) + (1 - t) log(1 - s(z)), s the sigmoid; gradient (s(z) - t) / size.
 
     As ``torch.nn.BCEWithLogitsLoss``: binary cross-entropy of logits, for targets in [0, 1]. Written as
@@ -175,9 +189,11 @@ class BCEWithLogits(Loss):
 
     loss_arrays = 2
 
-    def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
-        _check_pair(output, target)
-        xp, scale = array_module(output), 1.0 / output.size
+    def _scale(self, output: Array) -> float:
+        return 1.0 / output.size
+
+    def _formula(self, output: Array, target: Array, scale: Any) -> tuple[Array, Array]:
+        xp = array_module(output)
         small = xp.abs(output)  # (batch, features)
         xp.negative(small, out=small)
         xp.exp(small, out=small)  # e^-|z|, in (0, 1]

@@ -8,7 +8,7 @@ alive together. Both give the same numbers.
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -62,10 +62,7 @@ class Optimizer:
         Raises:
             MemoryError: no parameter was changed.
         """
-        for parameter in self.prepare(parameters):
-            state = self._state.get(parameter, {"steps": 0})
-            state["steps"] += 1
-            self._update(parameter, parameter.take_gradient(), *self._factors(state["steps"]))
+        self._update_each(self.prepare(parameters))
 
     def zero_grad(self, parameters: Iterable[Parameter]) -> None:
         """Forget the gradients, before new ones are added up."""
@@ -92,6 +89,17 @@ class Optimizer:
             zeros = array_module(weight).zeros_like
             self._state[parameter] = {**{name: zeros(weight) for name in self.state_names}, "steps": 0}
         return weight
+
+    def _update_each(self, ready: Sequence[Parameter]) -> None:
+        """Update them, whose gradients are there; nothing may fail here."""
+        for parameter in ready:
+            self._update(parameter, parameter.take_gradient(), *self._next_factors(parameter))
+
+    def _next_factors(self, parameter: Parameter) -> tuple[float, ...]:
+        """The factors of the parameter's next update, which is counted."""
+        state = self._state.get(parameter, {"steps": 0})
+        state["steps"] += 1
+        return self._factors(state["steps"])
 
     def _factors(self, steps: int) -> tuple[float, ...]:
         """The numbers of the formula that change from step to step, for a parameter's update number ``steps``."""

@@ -178,38 +178,47 @@ def keep_mask(xp: Any, shape: tuple[int, ...], p: float, key: int, step: int) ->
         return mask
     block, skip = divmod(before, 8)  # a block is eight numbers
     count = -(-(skip + size) // 8)
-    kept = xp.empty((count, 8), np.bool_)
+    blocks = xp.arange(block + 1, block + 1 + count, dtype=np.uint64)  # (count,): the counters, which become the mask
     # A number is k / 2^24, with k the upper 24 of 32 bits: k is compared, and no number is made.
-    least = np.uint64(math.ceil(float(np.float32(p)) * 2**24))
-    piece = max(1, min(-(-count // 4), 2**18))  # so that what it takes is less than the numbers would
-    for first in range(0, count, piece):
-        rows = slice(first, min(first + piece, count))
-        for word, bits in enumerate(_philox(xp, key, step, block + rows.start + 1, block + rows.stop + 1)):
-            kept[rows, 2 * word] = (bits & _LOW) >> np.uint64(8) >= least
-            kept[rows, 2 * word + 1] = bits >> np.uint64(40) >= least
-    return kept.reshape(-1)[skip : skip + size].reshape(shape)  # type: ignore[no-any-return]
+    least = math.ceil(float(np.float32(p)) * 2**24)
+    with np.errstate(over="ignore"):  # NumPy's single numbers would warn of what is meant: arithmetic modulo 2^64
+        _keep_(blocks, np.uint64(key), np.uint64(step), np.uint64(least))
+    return blocks.view(np.bool_)[skip : skip + size].reshape(shape)  # type: ignore[no-any-return]
 
 
-_LOW, _HALF = np.uint64(2**32 - 1), np.uint64(32)
-_MULTIPLIERS = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], np.uint64)
+_LOW, _HALF, _BYTE = np.uint64(2**32 - 1), np.uint64(32), np.uint64(2**8)
+_MULTIPLIERS = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
 _WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 
 
-def _philox(xp: Any, key: int, step: int, first: int, last: int) -> tuple[Array, ...]:
-    """Philox4x64-10 of the counters (first .. last - 1, 0, 0, step): four arrays of 64 random bits, (last - first,)."""
-    weyl = [[(key + n * _WEYL[0]) % 2**64, n * _WEYL[1] % 2**64] for n in range(10)]
-    keys = xp.asarray(np.array(weyl, np.uint64)[:, :, None])  # (round, 2, 1)
-    factors = xp.asarray(_MULTIPLIERS)
-    even, odd = xp.zeros((2, last - first), np.uint64), xp.zeros((2, last - first), np.uint64)  # words 0 and 2; 1 and 3
-    even[0] = xp.arange(first, last, dtype=np.uint64)
-    odd[1] = np.uint64(step)
+def _keep_(blocks: Array, key: np.uint64, step: np.uint64, least: np.uint64) -> None:
+    """Replace each counter of a block by what is kept of its eight numbers: a byte each, 1 or 0, the first lowest."""
+    piece = max(1, min(-(-len(blocks) // 4), 2**18))  # so that what it takes is less than the numbers would
+    for first in range(0, len(blocks), piece):
+        blocks[first : first + piece] = _kept(blocks[first : first + piece], key, step, least)
+
+
+def _kept(counter: Any, key: Any, step: Any, least: Any) -> Any:
+    """Eight bytes in one number, for each counter."""
+    kept = counter ^ counter
+    for bits in reversed(_philox(counter, key, step)):
+        kept = kept * _BYTE + (bits >> np.uint64(40) >= least)
+        kept = kept * _BYTE + ((bits & _LOW) >> np.uint64(8) >= least)
+    return kept
+
+
+def _philox(counter: Any, key: Any, step: Any) -> tuple[Any, Any, Any, Any]:
+    """Philox4x64-10 of the counters (counter, 0, 0, step) and the key (key, 0): four times 64 random bits for each."""
+    zero = counter ^ counter
+    a, b, c, d = counter, zero, zero, zero | step
     for number in range(10):
-        high, low = _product(even, factors)
-        even, odd = high[::-1] ^ odd ^ keys[number], low[::-1]
-    return even[0], odd[0], even[1], odd[1]
+        weyl = (np.uint64(number * each % 2**64) for each in _WEYL)
+        (high_a, low_a), (high_c, low_c) = _product(a, _MULTIPLIERS[0]), _product(c, _MULTIPLIERS[1])
+        a, b, c, d = high_c ^ b ^ (key + next(weyl)), low_c, high_a ^ d ^ next(weyl), low_a
+    return a, b, c, d
 
 
-def _product(x: Array, factor: Array) -> tuple[Array, Array]:
+def _product(x: Any, factor: np.uint64) -> tuple[Any, Any]:
     """The upper and the lower 64 bits of x * factor: as on paper, with 32 bits to a digit."""
     low, high = factor & _LOW, factor >> _HALF
     x_low, x_high = x & _LOW, x >> _HALF

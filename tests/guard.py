@@ -24,6 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar, NoReturn
 from unittest.mock import patch
 
@@ -41,6 +42,7 @@ METHODS: dict[str, str] = {
     "ravel": "order",
     "reshape": "order copy",
     "transpose": "",
+    "view": "",
 }
 """The methods of a device array, each with the keywords that CuPy's takes: NumPy's take more (``where=``, say)."""
 
@@ -79,6 +81,11 @@ class DeviceArray:
     @property
     def T(self) -> "DeviceArray":  # noqa: N802 - its name everywhere
         return DeviceArray(self._data.T)
+
+    @property
+    def data(self) -> SimpleNamespace:
+        """Where it is."""
+        return SimpleNamespace(ptr=self._data.ctypes.data)
 
     def __getattr__(self, name: str) -> Any:
         if name in ATTRIBUTES:

@@ -1,16 +1,19 @@
-"""Fused kernels: their source, compiled by the C compiler, does what the calls do; and NVIDIA's compiler takes it."""
+"""Kernels made of formulas: compiled by the C compiler they do what the calls do; and NVIDIA's compiler takes them."""
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 import npnet
-from npnet import fusing, pools
+from npnet import fusing, pools, random, symbols
 from npnet.activations import ACTIVATIONS
-from npnet.fusing import FUSED, CannotFuse, Kernel
+from npnet.fusing import FUSED
+from npnet.kernels import Kernel
+from npnet.losses import LOSSES
+from npnet.symbols import CannotFuse
 from tests.kernels import COMPILER, RawKernel
 from tests.pool import Device, install_device
 from tests.scenarios import fresh_registry as fresh_registry
@@ -83,23 +86,118 @@ def test_an_activation_is_one_kernel_with_the_numbers_of_the_calls(
 
 
 @compiler
-def test_what_is_not_elementwise_runs_as_it_is_written(device: Device) -> None:
-    for dtype, name in ((np.float32, "softmax"), (np.float16, "relu")):
-        z, activation = rows(dtype, special=False), ACTIVATIONS[name]()
-        there = npnet.to_backend(z, "cupy")
-        activation.forward_(there)
-        activation.forward_(z)
-        np.testing.assert_array_equal(npnet.to_host(there), z)
-    z = np.asfortranarray(rows(np.float32))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (9, 4), (33, 10), (8, 67)])
+def test_softmax_is_one_kernel_that_goes_through_each_row_three_times(
+    device: Device, shape: tuple[int, int], dtype: Any
+) -> None:
+    softmax, z, bias = ACTIVATIONS["softmax"](), RNG.standard_normal(shape).astype(dtype) * 50, np.ones(shape[1], dtype)
+    z[0, 0] = 1e4  # without the maximum it would overflow
+    there = npnet.to_backend(z, "cupy")
+    softmax.forward_(there, npnet.to_backend(bias, "cupy"))
+    softmax.forward_(z, bias)
+    near(there, z)
+    assert len(RawKernel.launches) == 1
+    assert RawKernel.launches[0].count("for (unsigned int c") == 3
+
+    dy = RNG.standard_normal(shape).astype(dtype)
+    gradient = npnet.to_backend(dy, "cupy")
+    softmax.backward_(gradient, (None, there))
+    softmax.backward_(dy, (None, z))
+    near(gradient, dy)
+    assert len(RawKernel.launches) == 2
+
+
+def near(device: Any, host: np.ndarray) -> None:
+    """But for the order in which sums are added up."""
+    found, eps = npnet.to_host(device), float(np.finfo(host.dtype).eps)
+    assert (found.dtype, found.shape) == (host.dtype, host.shape)
+    np.testing.assert_allclose(found, host, rtol=1e4 * eps, atol=100 * eps)
+
+
+@compiler
+def test_what_cannot_be_a_kernel_runs_as_it_is_written(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, activation = rows(np.float16, special=False), ACTIVATIONS["relu"]()
+    there = npnet.to_backend(z, "cupy")
+    activation.forward_(there)
+    activation.forward_(z)
+    np.testing.assert_array_equal(npnet.to_host(there), z)
+    z = np.asfortranarray(rows(np.float32, special=False))
     there = npnet.to_backend(z, "cupy")
     ACTIVATIONS["relu"]().forward_(there, npnet.to_backend(z[1].copy(), "cupy"))  # another layout than the bias needs
+    ACTIVATIONS["softmax"]().forward_(there)  # ... than rows need
+    monkeypatch.setattr(fusing, "MOST_NUMBERS", 4)
+    ACTIVATIONS["relu"]().forward_(npnet.to_backend(np.ones((2, 2)), "cupy"))
     assert not RawKernel.launches
+    xp, kind = npnet.array_module, [np.dtype(np.float32)]
+    for method in (
+        lambda z: z.max(),
+        lambda z: z.sum(axis=0, keepdims=True),
+        lambda z: z.sum(axis=1),
+        lambda z: xp(z).sin(z, out=z),
+        lambda z: xp(z).add(z, np.inf, out=z),
+        lambda z: xp(z).exp(z.sum(axis=1, keepdims=True), out=z),  # a number for a row, in the place of elements
+        lambda z: z + 1,
+        lambda z: z.sum() * xp(z).exp(z),
+        lambda z: z.shape,
+        lambda z: None,
+    ):
+        with pytest.raises(CannotFuse):
+            Kernel(method, kind, [False])
     with pytest.raises(CannotFuse):
-        Kernel(lambda z: z.max(), [np.dtype(np.float32)], [False])
+        Kernel(ACTIVATIONS["softmax"]().forward_, kind, [False], parts=2)
     with pytest.raises(CannotFuse):
-        Kernel(lambda z: npnet.array_module(z).log(z, out=z), [np.dtype(np.float32)], [False])
-    with pytest.raises(CannotFuse):
-        Kernel(lambda z: z + 1, [np.dtype(np.float32)], [False])
+        Kernel(lambda z, b: xp(z).add(z, b, out=b), kind * 2, [False, True])
+
+
+# Losses.
+
+
+@compiler
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (8, 4), (33, 10), (5, 67)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_one_kernel_and_a_sum_over_the_rows(
+    device: Device, name: str, shape: tuple[int, int], dtype: Any
+) -> None:
+    loss, output = LOSSES[name](), RNG.standard_normal(shape).astype(dtype) * 30
+    target = RNG.dirichlet(np.ones(shape[1]), shape[0]).astype(dtype)
+    value, gradient = loss.value_and_gradient(npnet.to_backend(output, "cupy"), npnet.to_backend(target, "cupy"))
+    expected, slope = loss.value_and_gradient(output, target)
+    near(value, np.asarray(expected))
+    near(gradient, slope)
+    assert len(RawKernel.launches) == 1
+    assert device.streams.syncs == {"asnumpy": 2}  # near, that is
+
+    output[0, 0] = np.nan
+    value, gradient = loss.value_and_gradient(npnet.to_backend(output, "cupy"), npnet.to_backend(target, "cupy"))
+    assert np.isnan(npnet.to_host(value))
+    assert np.isnan(npnet.to_host(gradient)[0, 0])
+
+
+@compiler
+def test_a_loss_of_arrays_that_differ_runs_as_it_is_written(device: Device) -> None:
+    output, target = np.ones((3, 2), np.float32), np.eye(3, 2)
+    for there in ((output, target), (np.asfortranarray(output), target.astype(np.float32))):
+        value, _ = npnet.MeanSquaredError().value_and_gradient(*(npnet.to_backend(each, "cupy") for each in there))
+        assert float(value) == pytest.approx(2 / 3)
+    assert not RawKernel.launches
+
+
+# Masks.
+
+
+@compiler
+@pytest.mark.parametrize("shape", [(1, 1), (5, 13), (257, 33), (1, 0)])
+def test_a_mask_is_one_kernel_with_numpys_bits(device: Device, shape: tuple[int, int]) -> None:
+    xp = npnet.get_backend("cupy").xp
+    for key, step, p in ((0, 0, 0.5), (2**63 - 1, 2**63 - 1, 1 / 3), (7, 2**40 + 3, 0.9)):
+        RawKernel.launches.clear()
+        with random.rows_from(3):
+            there, here = (random.keep_mask(module, shape, p, key, step) for module in (xp, np))
+        np.testing.assert_array_equal(npnet.to_host(there), here)
+        assert len(RawKernel.launches) == (1 if here.size else 0)
+    assert len(RawKernel.compiled) <= 1  # whatever key, step and probability
 
 
 # Optimizers.
@@ -124,6 +222,41 @@ def test_an_update_is_one_kernel_with_the_bits_of_the_calls(device: Device, name
         np.testing.assert_array_equal(there, here)
     assert len(RawKernel.launches) == 5
     assert len(RawKernel.compiled) == 1
+
+
+@compiler
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_of_all_sizes_are_updated_in_one_launch(device: Device, name: str) -> None:
+    sizes = [(3, 2), (300, 5), (1,), (7, 7), (0, 3)]
+    found = []
+    for backend in ("cupy", "numpy"):
+        rng, optimizer = np.random.default_rng(0), OPTIMIZERS[name]()
+        arrays = [rng.standard_normal(size).astype(np.float32) for size in sizes]
+        parameters = [npnet.Parameter(npnet.to_backend(array, backend)) for array in arrays]
+        for step in range(3):
+            given = parameters[step % 2 :]  # the first is updated less often: Adam's factors are others
+            for parameter in given:
+                gradient = rng.standard_normal(parameter.value.shape).astype(np.float32)
+                parameter.accumulate(npnet.to_backend(gradient, backend))
+            optimizer.step(given)
+            assert all(parameter.gradient is None for parameter in parameters)
+        found.append([npnet.to_host(array) for array in optimizer.held(parameters)])
+    for there, here in zip(*found, strict=True):
+        np.testing.assert_array_equal(there, here)
+    assert len(RawKernel.launches) == (4 if "adam" in name else 3)
+
+
+@compiler
+def test_more_parameters_than_a_launch_takes(device: Device) -> None:
+    found = []
+    for backend in ("cupy", "numpy"):
+        parameters = [npnet.Parameter(npnet.to_backend(np.full(3, i), backend)) for i in np.arange(150.0)]
+        for parameter in parameters:
+            parameter.accumulate(npnet.to_backend(np.full(3, 2.0), backend))
+        npnet.Adam(0.5).step(parameters)
+        found.append([npnet.to_host(parameter.value) for parameter in parameters])
+    np.testing.assert_array_equal(*found)
+    assert len(RawKernel.launches) == 3
 
 
 @compiler
@@ -154,7 +287,7 @@ def fitted(backend: str, **options: Any) -> list[np.ndarray]:
 @compiler
 def test_training_with_kernels_gives_the_same_bits_under_every_schedule(device: Device) -> None:
     plain = fitted("cupy")
-    assert len(set(RawKernel.compiled)) == 4  # sigmoid both ways, the identity's bias, Adam
+    assert len(set(RawKernel.compiled)) == 5  # sigmoid both ways, the identity's bias, the loss, Adam
     for options in ({"schedule": "sqrt"}, {"schedule": "revolve"}, {"memory_budget": "31 kB"}, {"clip_norm": 0.1}):
         found = fitted("cupy", **options)
         assert "clip_norm" in options or all(map(np.array_equal, found, plain))
@@ -180,7 +313,7 @@ def test_measured_steps_are_on_arrays_of_the_same_layout(device: Device) -> None
     x, y = (npnet.to_backend(np.ones((9, n), np.float32) / n, "cupy") for n in (5, 3))
     npnet.step_costs(model, npnet.SoftmaxCrossEntropy(), npnet.Adam(), [npnet.schedules.none(2)], x, y, rounds=1)
     updates = sum("double f1" in source for source in RawKernel.launches)
-    assert updates == 4 * 4  # four steps, four parameters
+    assert updates == 4 * 2  # four steps, two layers
 
 
 def test_nothing_is_replaced_before_a_gpu_is_there_nor_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +331,7 @@ def test_nothing_is_replaced_before_a_gpu_is_there_nor_where_it_is_not_wanted(mo
 
 @compiler
 def test_a_wrong_expression_would_be_noticed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fusing.EXPRESSIONS, "subtract", "{1} - {0}")
+    monkeypatch.setitem(symbols.EXPRESSIONS, "subtract", "{1} - {0}")
     y, dy = rows(np.float32, special=False), rows(np.float32, special=False)
     gradient = npnet.to_backend(dy, "cupy")
     ACTIVATIONS["tanh"]().backward_(gradient, (None, npnet.to_backend(y, "cupy")))
@@ -209,50 +342,77 @@ def test_a_wrong_expression_would_be_noticed(device: Device, monkeypatch: pytest
 # NVIDIA's compiler, which needs no GPU.
 
 
-def kernels(dtype: Any) -> Iterator[Kernel]:
-    """Every kernel that npnet makes."""
-    kind = np.dtype(dtype)
-    for name in ELEMENTWISE:
-        activation = ACTIVATIONS[name]()
-        yield Kernel(activation.forward_, [kind, kind], [False, True])
-        if name != "identity":
-            yield Kernel(activation.forward_, [kind], [False])
-            yield Kernel(lambda dy, y, a=activation: a.backward_(dy, (None, y)), [kind, kind], [False, False])
-    for make in OPTIMIZERS.values():
-        optimizer = make()
-        names = optimizer.state_names
+@compiler
+def test_rows_that_are_not_put_together_would_be_noticed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads of a row, each with its part of a sum."""
+    whole = Kernel._whole
+    lone = lambda self, *parts: whole(self, *parts).replace("__shfl_xor_sync(~0u, ", "(0 * lane, ")  # noqa: E731
+    monkeypatch.setattr(Kernel, "_whole", lone)
+    z = rows(np.float64, special=False)
+    there = npnet.to_backend(z, "cupy")
+    ACTIVATIONS["softmax"]().forward_(there)
+    ACTIVATIONS["softmax"]().forward_(z)
+    assert not np.allclose(npnet.to_host(there), z)
 
-        def method(weight: Any, gradient: Any, *rest: Any) -> None:
-            parameter = npnet.Parameter(weight)
-            optimizer._state = {parameter: dict(zip(names, rest, strict=False))}  # noqa: B023
-            optimizer._update(parameter, gradient, *rest[len(names) :])  # noqa: B023
 
-        count = 2 + len(names)
-        yield Kernel(method, [kind] * count, [False] * count, len(optimizer._factors(1)), scratch=[1])
+# NVIDIA's compiler, which needs no GPU.
+
+
+class Noted:
+    """A RawKernel that is never run."""
+
+    sources: ClassVar[list[str]] = []
+
+    def __init__(self, code: str, name: str, options: tuple[str, ...]) -> None:
+        self.sources.append(code)
+
+    def __call__(self, *_: Any) -> None: ...
+
+
+def every_kernel(monkeypatch: pytest.MonkeyPatch, dtype: Any) -> list[str]:
+    """The source of every kernel that npnet makes."""
+    monkeypatch.setattr(fusing, "_kernels", {})
+    monkeypatch.setattr(Noted, "sources", [])
+    with install_device(raw_kernel=Noted):
+        x = npnet.to_backend(np.full((4, 3), 0.25, dtype), "cupy")
+        for name in ACTIVATIONS:
+            activation = ACTIVATIONS[name]()
+            activation.forward_(x, x[0])
+            activation.forward_(x)
+            activation.backward_(x, (None, x))
+        for make_loss in LOSSES.values():
+            make_loss().value_and_gradient(x, x)
+        for make in OPTIMIZERS.values():
+            for count in (1, 3):
+                parameters = [npnet.Parameter(x.copy()) for _ in range(count)]
+                for parameter in parameters:
+                    parameter.accumulate(x.copy())
+                make().step(parameters)
+        npnet.Dropout(0.5, key=1).forward(x)
+    return Noted.sources
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_nvidias_compiler_takes_every_kernel(dtype: Any) -> None:
+def test_nvidias_compiler_takes_every_kernel(monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
+    sources = every_kernel(monkeypatch, dtype)
+    assert len(sources) == 25
     nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
     try:
         nvrtc.getVersion()
     except RuntimeError as error:
         pytest.skip(f"no compiler: {error}")
-    sources = [kernel.source for kernel in kernels(dtype)]
-    assert len(sources) == 14
     for source in [*sources, sources[0].replace("exp(", "expp(")]:
         program = nvrtc.createProgram(source, "fused.cu", (), ())
         try:
             nvrtc.compileProgram(program, ("-arch=compute_80", "--fmad=false"))
         except nvrtc.NVRTCError:
-            assert "expp" in source  # the control
+            assert "expp" in source, source  # the control
         else:
             assert "expp" not in source
             assert b".entry fused" in nvrtc.getPTX(program)
 
 
-def test_cupy_compiles_kernels() -> None:
+def test_cupy_compiles_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = pytest.importorskip("cupy")
-    kernel = next(kernels(np.float32))
-    raw = functools.partial(cupy.RawKernel, kernel.source, "fused")
+    raw = functools.partial(cupy.RawKernel, every_kernel(monkeypatch, np.float32)[0], "fused")
     assert raw(options=("--fmad=false",)).name == "fused"

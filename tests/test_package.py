@@ -36,6 +36,8 @@ ORDER = [
         "optimizers",
         "device_ranks",
         "ranks",
+        "symbols",
+        "kernels",
         "fusing",
     ),
     *(

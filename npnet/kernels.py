@@ -1,0 +1,168 @@
+"""A formula as one kernel, for a GPU, where each call by itself is a launch and a way through all of its arrays.
+
+`Kernel` runs a method once on stand-ins that write down what is called (see `npnet.symbols`), and makes C of that. It
+does what the calls do, but reads each array once and writes it once.
+
+A sum or maximum along the rows is known when a row has been gone through, so what needs it comes in another pass over
+the row. A pass computes again whatever it needs of those before, from the inputs: recomputing is cheaper than keeping
+here, too, since arithmetic is fast and memory is not.
+"""
+
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from npnet.backend import Array, array_module
+from npnet.symbols import EXPRESSIONS, TYPES, CannotFuse, Symbol, Total, Trace, Word
+
+NEUTRAL = {"add": "0", "maximum": "-1 / ({})0"}
+"""What a sum, a maximum begins with."""
+
+MOST_NUMBERS = 2**31
+"""Of an array: elements are counted in 32 bits, which a GPU divides several times faster than 64."""
+
+MOST_PARTS = 64
+"""Arrays of each kind that one launch goes through, at most: a kernel's arguments are 4 kB."""
+
+
+class Kernel:
+    """The C of ``method(*symbols)``, and which of the arrays it writes.
+
+    Args:
+        method: is called with a `Symbol` for each array, then for each factor. It may return a `Total`.
+        dtypes: of the arrays.
+        rows: which of them are rows, (features,), broadcast over the others, (batch, features).
+        factors: how many numbers follow, which differ from call to call.
+        scratch: which of the arrays nobody reads afterwards: they are not written.
+        parts: how often the arrays may come, each time of another size: all in one launch.
+
+    Raises:
+        CannotFuse: it cannot be written down.
+    """
+
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        dtypes: Sequence[np.dtype[Any]],
+        rows: Sequence[bool],
+        factors: int = 0,
+        scratch: Sequence[int] = (),
+        parts: int = 0,
+    ) -> None:
+        if any(dtype.char not in TYPES or dtype.kind == "b" for dtype in dtypes):
+            raise CannotFuse(f"arrays of {', '.join(map(str, dtypes))}")
+        self.trace, self.parts = Trace(), parts
+        kinds, symbol = [TYPES[dtype.char] for dtype in dtypes], Word if dtypes[0].kind == "u" else Symbol
+        arrays = [symbol(self.trace, f"x{i}", dtype) for i, dtype in enumerate(dtypes)]
+        self._factor_kind = np.uint64 if symbol is Word else np.float64
+        names = [f"({kinds[0]})f{i}" for i in range(factors)]
+        self.trace.factors = [symbol(self.trace, name, dtypes[0], row=True) for name in names]
+        try:
+            self.result = method(*arrays, *self.trace.factors)
+        except (TypeError, ValueError) as error:  # of operators, of functions of another module
+            raise CannotFuse(str(error)) from None
+        self.written = [i for i, each in enumerate(arrays) if each.name != f"x{i}" and i not in scratch]
+        if any(rows[i] for i in self.written) or not self.written:
+            raise CannotFuse("a row is written, or nothing")
+        self.by_rows = bool(self.trace.reductions or self.trace.totals)
+        if self.by_rows and parts:
+            raise CannotFuse("rows of several arrays")
+        pointers = [f"{'' if i in self.written else 'const '}{kind}* a{i}" for i, kind in enumerate(kinds)]
+        reads = [f"{kind} x{i} = a{i}[{self._index(rows[i])}];" for i, kind in enumerate(kinds)]
+        writes = [f"a{i}[i] = {arrays[i].name};" for i in self.written]
+        last = max([each.ready for each in self.trace.reductions] + [arrays[i].ready for i in self.written])
+        body = self._row_by_row(reads, writes, last, kinds[0]) if self.by_rows else self._flat(reads, writes)
+        numbers = [f"{'double' if symbol is Symbol else kinds[0]} f{i}" for i in range(factors)]
+        if self.by_rows:
+            pointers.append(f"{kinds[0]}* partial")
+        self.source = self._whole(pointers, numbers, body)
+
+    def _index(self, row: bool) -> str:
+        """Of an element in its array."""
+        return "i" if not row else "c" if self.by_rows else "i % columns"
+
+    def _flat(self, reads: list[str], writes: list[str]) -> list[str]:
+        """A thread for each element."""
+        lines = [line.text for line in self.trace.lines]
+        thread = "unsigned int i = blockIdx.x * blockDim.x + threadIdx.x;"
+        return [thread, "if (i >= n) return;", *reads, *lines, *writes]
+
+    def _row_by_row(self, reads: list[str], writes: list[str], last: int, kind: str) -> list[str]:
+        """LANES threads, side by side, for each row."""
+        trace = self.trace
+        body = [
+            "unsigned int row = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES, lane = threadIdx.x % LANES;",
+            "if (row >= n) return;",
+            *(line.text for line in trace.lines if line.row and not line.ready),
+        ]
+        for number in range(last + 1):
+            here = [each for each in trace.reductions if each.ready == number]
+            body += [f"{each.kind} {each.name} = {NEUTRAL[each.function].format(each.kind)};" for each in here]
+            body += [
+                "for (unsigned int c = lane; c < columns; c += LANES) {",
+                "    unsigned int i = row * columns + c;",
+            ]
+            inside = [*reads, *(line.text for line in trace.lines if line.ready <= number and not line.row)]
+            inside += [f"{each.name} = {EXPRESSIONS[each.function].format(each.of, each.name)};" for each in here]
+            body += [f"    {text}" for text in inside + (writes if number == last else [])]
+            body.append("}")
+            for each in here:
+                combined = EXPRESSIONS[each.function].format("other", each.name)
+                body += [
+                    "for (int d = LANES / 2; d > 0; d /= 2) {",
+                    f"    {each.kind} other = __shfl_xor_sync(~0u, {each.name}, d);",
+                    f"    {each.name} = {combined};",
+                    "}",
+                ]
+            body += [line.text for line in trace.lines if line.row and line.ready == number + 1]
+        return body + [f"if (!lane) partial[{i} * n + row] = {each.name};" for i, each in enumerate(trace.totals)]
+
+    def _whole(self, pointers: list[str], numbers: list[str], body: list[str]) -> str:
+        start = ["unsigned int n", "unsigned int columns", *pointers]
+        head = "#ifndef LANES\n#define LANES 32\n#endif\n" if self.by_rows else ""
+        if self.parts:
+            names = [each.split()[-1] for each in start]
+            body = [f"{each} = parts.part[blockIdx.y].{name};" for each, name in zip(start, names, strict=True)] + body
+            head += f"typedef struct {{ {'; '.join(start)}; }} Part;\n"
+            head += f"typedef struct {{ Part part[{self.parts}]; }} Parts;\n"
+            start = ["Parts parts"]
+        text = "\n    ".join(body)
+        return f'{head}extern "C" __global__ void fused({", ".join(start + numbers)}) {{\n    {text}\n}}\n'
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """By CuPy, without joining products to sums: so that the numbers are those of the single calls."""
+        import cupy
+
+        return cupy.RawKernel(self.source, "fused", options=("--fmad=false",))
+
+    def __call__(self, arrays: Sequence[Array], factors: Sequence[Any] = ()) -> Any:
+        """Do it; returns the number that the method returned, if it did."""
+        first = arrays[0]
+        columns = first.shape[-1] if first.ndim else 1
+        n, numbers = first.size, tuple(map(self._factor_kind, factors))
+        if not self.by_rows:
+            if n:
+                self.compiled((-(-n // 256),), (256,), (np.uint32(n), np.uint32(columns), *arrays, *numbers))
+            return None
+        n = len(first)
+        partial: Any = array_module(first).empty((max(len(self.trace.totals), 1), n), first.dtype)
+        self.compiled((-(-n // 8),), (256,), (np.uint32(n), np.uint32(columns), *arrays, partial, *numbers))
+        if isinstance(self.result, Total):
+            return self.result.value(partial.sum(axis=1), factors)
+        return None
+
+    def of_parts(self, parts: Sequence[Sequence[Any]], factors: Sequence[float]) -> None:
+        """Do it for several lists of arrays."""
+        sizes = [arrays[0].size for arrays in parts]
+        packed = b"".join(
+            struct.pack(f"II{len(arrays)}P", size, 1, *(each.data.ptr for each in arrays))
+            for arrays, size in zip(parts, sizes, strict=True)
+        )
+        packed += bytes(len(packed) // len(parts) * (self.parts - len(parts)))
+        by_value = np.frombuffer(packed, f"V{len(packed)}")  # CuPy passes an array of size one by value
+        grid = -(-max(sizes) // 256), len(parts)
+        self.compiled(grid, (256,), (by_value, *map(self._factor_kind, factors)))
