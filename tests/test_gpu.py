@@ -1,7 +1,7 @@
 """npnet on a GPU does what it does on the CPU, and a schedule changes no bit there.
 
-Each test runs twice: on a made-up device, here and now, and on a real one where there is one (marked gpu: with
-`pytest -m gpu` these alone).
+Each test runs twice: on a made-up device, here and now (with its kernels, if there is a C compiler), and on a real one
+where there is one (marked gpu: with `pytest -m gpu` these alone).
 """
 
 import gc
@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 import npnet
-from npnet import pools, schedules
+from npnet import fusing, pools, schedules
 from npnet.backend import ones
 from npnet.checkpoint import checkpoint
 from npnet.layer import needs_saved
 from npnet.optimal import smallest_budget
 from npnet.random import keep_mask
 from tests.benchmarks import gpu
+from tests.kernels import COMPILER, RawKernel
 from tests.pool import install_device
 from tests.scenarios import SCENARIOS, STEPS
 from tests.scenarios import fresh_registry as fresh_registry
@@ -29,6 +30,7 @@ RNG = np.random.default_rng(0)
 X = RNG.standard_normal((130, 20)).astype(np.float32)
 Y = np.eye(10, dtype=np.float32)[RNG.integers(10, size=130)]
 LOSS = npnet.SoftmaxCrossEntropy()
+KERNELS: dict[Any, Any] = {}  # compiled once for all tests
 
 
 @pytest.fixture(name="real", params=["made up", pytest.param("real", marks=pytest.mark.gpu)], autouse=True)
@@ -37,7 +39,8 @@ def a_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     ones.cache_clear()  # a measurement would miss them
     if request.param == "made up":
         monkeypatch.setattr(pools, "_kept", [])
-        with install_device(total=4_000_000_000):
+        monkeypatch.setattr(fusing, "_kernels", KERNELS)
+        with install_device(total=4_000_000_000, raw_kernel=COMPILER and RawKernel):
             yield False
         return
     if "cupy" not in npnet.available_backends():
