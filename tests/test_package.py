@@ -302,6 +302,21 @@ def test_the_readme_runs(tmp_path: Path) -> None:
     run_python("\n".join(blocks), tmp_path)
 
 
+def test_the_readme_leads_to_every_file_and_the_core_stays_an_evening() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, core, around = re.split(r"## Reading the source|Around it, by", text.split("## Labs")[0])
+    said = re.search(r"these (\d+) files, some ([\d,]+) lines", core)
+    assert said
+    names = re.findall(r"`(\w+)\.py`", core)
+    assert names == sorted(names, key=ORDER.index)
+    lines = sum(len(FILES[name].read_text(encoding="utf-8").splitlines()) for name in names)
+    assert len(names) == int(said[1])
+    assert abs(lines - int(said[2].replace(",", ""))) < 100
+    others = set(re.findall(r"`(\w+)\.py`", around)) - {"test_package"}
+    assert others | set(names) == set(FILES) - {"__init__", "__main__"}
+    assert not others & set(names)
+
+
 # The promises.
 
 
