@@ -70,6 +70,7 @@ ORDER = [
         "feeding",
         "run",
         "saver",
+        "recipe",
         "epochs",
         "training",
         "measuring",
