@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +11,6 @@ import numpy as np
 
 from npnet.backend import Array, to_host
 from npnet.blocks import Dropout
-from npnet.checkpoint import digest
 from npnet.checks import check_number, check_whole
 from npnet.layer import Layer
 from npnet.layers import Sequential
@@ -66,7 +65,6 @@ class TrainingRun:
     history: History
     conditions: dict[str, Any]
     """What else decides the numbers, as JSON: to go on, all of it must be as it was."""
-    learning_rate: float  # before any decay
     epochs_before: int  # in the history when the run began
     losses: list[float] = field(default_factory=list)  # of this epoch's steps
     seconds: float = 0.0  # in these
@@ -189,9 +187,3 @@ def _epoch(row: Mapping[str, Any]) -> Epoch:
         None if score is None else check_number(score, "accuracy"),
         check_number(row["seconds"], "seconds"),
     )
-
-
-def fingerprint(array: Array, prepared: Callable[[Array], Array] = lambda rows: rows) -> str:
-    """What tells data from others: their shape, and a hash of a thousand rows as the model gets them."""
-    rows = prepared(array[:: max(1, len(array) // 1000)])
-    return f"{' x '.join(map(str, array.shape))}, hash {digest(rows)[:8].hex()}"

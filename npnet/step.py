@@ -80,27 +80,12 @@ def add_gradients(
     network = as_chain(model)
     if not isinstance(schedule, Schedule):
         schedule = as_schedule(schedule, len(network.layers), needs_saved(network.layers))
+    start = _OutputGradient(loss, y, weight)
     with explained(network, schedule, x, loss=loss):
-        return _add_gradients(network, loss, x, y, weight, schedule, after_backward, determinism_check)
-
-
-def _add_gradients(
-    network: Sequential,
-    loss: Loss,
-    x: Array,
-    y: Array,
-    weight: float,
-    schedule: Schedule,
-    after_backward: Callable[[Layer], None] | None,
-    determinism_check: bool,
-    look: Callable[[Any], float] = check_finite,
-) -> float:
-    """The same, without explaining what goes wrong."""
-    output_gradient = _OutputGradient(loss, y, weight, look)
-    backpropagate(
-        network.layers, schedule, x, output_gradient, after_backward=after_backward, determinism_check=determinism_check
-    )
-    return output_gradient.value
+        backpropagate(
+            network.layers, schedule, x, start, after_backward=after_backward, determinism_check=determinism_check
+        )
+    return start.value
 
 
 def value_and_grad(
@@ -206,15 +191,18 @@ def accumulated_step(
             if sums is not None and not len(x):
                 sums.idle(network, last, update, value)
             else:
-                weight, first = len(x) / samples * scale, 0
+                weight, first, after = len(x) / samples * scale, 0, update if last else None
                 look: Callable[[Any], float] = check_finite
-                after = update if last else None
                 if sums is not None:
                     first = sums.ranks.share(rows).start
                     where = partial(first_not_finite, network.layers, x, next_step())
                     after, look = sums.begin(last, update, value, weight, where)
+                start = _OutputGradient(loss, y, weight, look)
                 with explained(network, schedule, x, **terms), rows_from(first):
-                    value += _add_gradients(network, loss, x, y, weight, schedule, after, determinism_check, look)
+                    backpropagate(
+                        network.layers, schedule, x, start, after_backward=after, determinism_check=determinism_check
+                    )
+                value += start.value
             if last:
                 break
         if seen != samples or not samples:

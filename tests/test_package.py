@@ -72,6 +72,7 @@ ORDER = [
         "feeding",
         "run",
         "saver",
+        "recipe",
         "epochs",
         "training",
         "measuring",
