@@ -46,6 +46,7 @@ ORDER = [
         "memory",
         "plans",
         "planner",
+        "transfers",
         "offload",
         "checkpoint",
         "failures",
