@@ -1,11 +1,11 @@
 """Activations between a GPU and the host's pinned memory, copied while the GPU computes.
 
 The copies are ordered one after another, on a stream of their own. The arrays' memory is the computing stream's: CuPy's
-pool hands it out there again as soon as an array is let go. Two rules keep that right, whatever is done when:
+pool hands it out there again as soon as an array is let go. Two rules keep that right:
 
-* a copy waits for all that was to be computed when it was ordered: by then the numbers are there that go out, and what
-  had the memory before into which others come back;
-* the computing stream waits for an array's copy before the array is used, or let go.
+* a copy waits for all that was computed before it was ordered: what goes out is complete by then, and nobody uses the
+  memory any more into which something comes back;
+* before an array is used, or let go, the computing stream waits for its copy.
 
 It is the device that waits, never the host. At most one activation is on its way out: until the next one goes, or any
 is fetched. What went out last comes back first, so with each that is fetched the copy of the next one begins; the very
