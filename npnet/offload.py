@@ -4,7 +4,7 @@ A checkpoint is written once and read once, in reverse order, long after: what d
 a temporary file without a name, which is gone with the process whatever becomes of it; the operating system writes
 behind, and reads ahead of need, since the store says what comes next. The file is in the folder that TMPDIR names:
 where that is a disk in memory, as ``/tmp`` may be, nothing is saved. From a GPU activations go into the host's pinned
-memory: the copies are ordered among the computations, on the same stream, so that the host waits for none.
+memory, and come back ahead of need, while the GPU computes: see `npnet.transfers`.
 
 Aupy, Herrmann, Hovland & Robert, "Optimal multistage algorithm for adjoint computation", 2016, is about schedules for
 two such levels of memory; `npnet.schedules.offloaded` makes the plain ones.
@@ -19,11 +19,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 
 from npnet.backend import Array, backend_of, get_backend, to_backend, to_host
-from npnet.pools import pinned_bytes
-
-
-class OffloadError(OSError):
-    """An activation could not be moved out of memory, or back."""
+from npnet.transfers import Moved, OffloadError, Transfers
 
 
 class _InFile(NamedTuple):
@@ -43,29 +39,14 @@ class _OnHost(NamedTuple):
     backend: str
 
 
-class _Pinned(NamedTuple):
-    """An array of a GPU, on its way to the host: only the device may read what is there."""
-
-    buffer: Array
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    transposed: bool  # it was in Fortran order
-    xp: Any
-
-    @property
-    def source(self) -> Array:
-        """Of the shape that is copied."""
-        return self.buffer.view(self.dtype).reshape(self.shape)
-
-
 class Store:
     """Activations out of memory, by the numbers of their layers."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
         self._end = 0  # of what is in the file, in bytes
-        self._kept: dict[int, _InFile | _OnHost | _Pinned] = {}
-        self._free: dict[int, list[Array]] = {}  # pinned memory by its size, of steps before
+        self._kept: dict[int, _InFile | _OnHost | Moved] = {}
+        self._transfers: dict[int, Transfers] = {}  # by the numbers of the GPUs
 
     def __del__(self) -> None:
         if self._file is not None:
@@ -75,7 +56,7 @@ class Store:
         return len(self._kept)
 
     def put(self, number: int, array: Array) -> None:
-        """Take ``array``, and refer to its memory no longer.
+        """Take ``array``, and refer to its memory no longer; on a GPU until the next `put` or `get`.
 
         Raises:
             OffloadError: the file cannot be written, or the host has no pinned memory left.
@@ -89,7 +70,10 @@ class Store:
         except ValueError:
             raise TypeError(f"a {type(array).__name__} cannot be offloaded: take a schedule that does not") from None
         if hasattr(backend.xp, "cuda"):
-            self._kept[number] = self._sent(array, backend.xp)
+            gpu = backend.xp.cuda.runtime.getDevice()
+            if gpu not in self._transfers:
+                self._transfers[gpu] = Transfers(backend.xp)
+            self._kept[number] = self._transfers[gpu].send(array)
             return
         self._kept[number] = _OnHost(to_host(array), backend.name)
 
@@ -102,11 +86,8 @@ class Store:
         kept = self._kept.pop(number)
         if isinstance(kept, _OnHost):
             return to_backend(kept.array, kept.backend)
-        if isinstance(kept, _Pinned):
-            target = kept.xp.empty(kept.shape, kept.dtype)
-            target.set(kept.source, kept.xp.cuda.get_current_stream())
-            self._free[kept.buffer.nbytes].append(kept.buffer)  # what is copied there next is ordered after this
-            return target.T if kept.transposed else target  # type: ignore[no-any-return]
+        if isinstance(kept, Moved):
+            return kept.transfers.fetch(kept)
         array: Any = np.empty(kept.shape, kept.dtype, order=kept.order)
         self._read(kept, array.reshape(-1, order="A").view(np.uint8).data)
         if self._kept:
@@ -115,23 +96,9 @@ class Store:
 
     def clear(self) -> None:
         """Forget all; what comes next overwrites the file."""
-        for kept in self._kept.values():
-            if isinstance(kept, _Pinned):
-                self._free[kept.buffer.nbytes].append(kept.buffer)
+        for transfers in self._transfers.values():
+            transfers.clear()
         self._kept, self._end = {}, 0
-
-    def _sent(self, array: Any, xp: Any) -> _Pinned:
-        """Order the copy to the host; the array's memory may go at once, since whoever gets it comes later."""
-        transposed = bool(array.flags.f_contiguous and not array.flags.c_contiguous)
-        straight = array.T if transposed else xp.ascontiguousarray(array)
-        free = self._free.setdefault(array.nbytes, [])
-        try:
-            buffer = free.pop() if free else pinned_bytes(xp, array.nbytes)
-        except (RuntimeError, MemoryError) as error:  # CuPy's CUDARuntimeError
-            raise OffloadError(0, f"no pinned memory on the host for {array.nbytes} bytes ({error})") from error
-        kept = _Pinned(buffer, straight.shape, array.dtype, transposed, xp)
-        straight.get(out=kept.source, blocking=False)
-        return kept
 
     def _write(self, array: Array) -> _InFile:
         order: Literal["C", "F"] = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
@@ -165,7 +132,7 @@ class Store:
         except OSError as error:
             raise OffloadError(error.errno, f"an offloaded activation cannot be read: {error.strerror}") from error
 
-    def _advise(self, kept: _InFile | _OnHost | _Pinned) -> None:
+    def _advise(self, kept: _InFile | _OnHost | Moved) -> None:
         """The system may begin to read it: what went out last comes back first."""
         if isinstance(kept, _InFile) and self._file is not None and hasattr(os, "posix_fadvise"):
             with suppress(OSError):

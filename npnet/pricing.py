@@ -8,7 +8,7 @@ a_l, of A_l bytes, from a_{l-1}, and saves S_l more; D_l is the gradient at a_l;
 passes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class Chain:
     accumulated: int = 0  # gradients of the micro-batches before
     communication: int = 0  # buffers in which gradients are summed over several processes
     uncounted: int = 0  # on a device: for single rows and columns, and for what reductions take
+    overlapping: bool = False  # on a device: activations leave and come back while it computes (`npnet.transfers`)
     gradient_given: bool = False  # D_L is there from the start (a model of the literature; in npnet the loss makes it)
 
     @property
@@ -144,6 +145,7 @@ def chain_of(
         accumulated=parameters if accumulating else 0,
         communication=sum(in_blocks(size, block) for size in buffer_bytes(layers)) if communicating else 0,
         uncounted=0 if block == 1 else _small_bytes(batch, max(cost.output_shape[1] for cost in costs), dtype),
+        overlapping=block > 1,
     )
 
 
@@ -186,7 +188,7 @@ class Moment(NamedTuple):
     optimizer: int
     gradients: int  # of the parameters, with buffers that sum them, and the one that is passed down
     checkpoints: int  # activations from which others are computed again
-    segment: int  # activations, and what layers saved, that wait for their own backward pass (or are on the way up)
+    segment: int  # activations, and what layers saved, that wait for their own backward pass (or move: up, out, back)
     workspace: int
 
     @property
@@ -204,9 +206,9 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
     passed = chain.gradient[chain.depth] if chain.gradient_given else 0
     moments = []
     made: dict[int, int] = {}  # layer -> index of the action that made the activation held
-    for i, action in enumerate(schedule):
+    for i, (action, moving) in enumerate(zip(schedule, _moving(schedule, chain), strict=True)):
         kind, layer = action
-        before = checkpoints + segment + kept + passed
+        before = checkpoints + segment + kept + passed + moving
         if kind is FORWARD:
             saved = chain.saved[layer] if last_forward[layer] == i else 0
             held[layer], made[layer] = chain.activation[layer] + saved, i
@@ -214,7 +216,7 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
             change = held[layer]
         elif kind is FETCH:
             change = held[layer] = chain.activation[layer]
-            peak = before + change
+            peak = 0  # no more than is there afterwards
         else:
             change = -held.pop(layer)
             peak = 0  # to drop or to offload takes nothing; backward: below
@@ -228,7 +230,7 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
                 peak = before + max(chain.loss_bytes, chain.gradient[layer] + chain.backward_bytes[layer])
             kept += 0 if chain.streaming else chain.parameter_gradients[layer]
             passed = chain.gradient[layer - 1] if layer > 1 else 0
-        alive = checkpoints + segment + kept + passed
+        alive = checkpoints + segment + kept + passed + moving
         moments.append(
             Moment(
                 action,
@@ -236,11 +238,27 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
                 chain.optimizer,
                 chain.accumulated + chain.communication + kept + passed,
                 checkpoints,
-                segment,
+                segment + moving,
                 max(peak - alive, 0) + chain.uncounted,
             )
         )
     return moments
+
+
+def _moving(schedule: Schedule, chain: Chain) -> Iterator[int]:
+    """Bytes that are on their way out of memory, or back ahead of need, after each action: see `npnet.transfers`."""
+    out: list[int] = []
+    leaving = ahead = 0  # layers; 0 is none, and A_0 = 0
+    for kind, layer in schedule:
+        if kind is OFFLOAD:
+            out.append(layer)
+            leaving = layer
+        elif kind is FETCH:
+            out.remove(layer)
+            leaving, ahead = 0, 0 if ahead == layer else ahead
+            if out and not ahead:
+                ahead = out[-1]
+        yield chain.activation[leaving] + chain.activation[ahead] if chain.overlapping else 0
 
 
 def _restarted(schedule: Schedule) -> set[int]:

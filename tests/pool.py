@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from npnet import backend as registry
-from npnet import blocks, pools
+from npnet import blocks, offload, pools
 from npnet.backend import ones
 from npnet.fusing import FUSED
 from tests.guard import DeviceArray, GuardModule
@@ -271,6 +271,10 @@ class DeviceModule(GuardModule):
             using_allocator=using_allocator,
         )
 
+    def _call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.device.streams.compute()
+        return super()._call(name, function, *args, **kwargs)
+
     def get_default_memory_pool(self) -> Pool:
         """Where arrays go by default."""
         return self.device.default
@@ -323,6 +327,7 @@ def _installed(device: Device, module: DeviceModule) -> Iterator[None]:
         patch.dict(registry._loaded),
         patch.dict(registry._by_type),
         patch.object(registry, "_current", registry._current),
+        patch.object(offload._stores, "free", []),  # streams and pinned memory are this device's
         patch.object(DeviceArray, "account", staticmethod(accounting(device))),
         patch.multiple(DeviceArray, create=True, **transfers(device.streams)),
     ):

@@ -16,7 +16,7 @@ import pytest
 import npnet
 from npnet import fusing, pools, schedules
 from npnet.backend import ones
-from npnet.checkpoint import checkpoint
+from npnet.checkpoint import backpropagate, checkpoint
 from npnet.layer import needs_saved
 from npnet.optimal import smallest_budget
 from npnet.random import keep_mask
@@ -138,6 +138,25 @@ def test_under_every_schedule_fit_trains_the_same_model(name: str) -> None:
     ]  # fmt: skip
     for way in ways:
         same(fitted(**OPTIONS[name], **way), plain)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_copies_that_go_on_while_it_computes_change_no_bit(real: bool, n: int) -> None:
+    """Large enough that a copy takes longer than a layer, in memory that is used again and again; Ctrl-C among them."""
+    width, batch = (512, 4096) if real else (16, 32)
+    net, x, y = chain_and_data(width, 12, batch)
+    schedule = schedules.offloaded(13, n)
+    _, plain = npnet.value_and_grad(net, LOSS, x, y)
+
+    def interrupted(layer: npnet.Layer) -> None:
+        if layer is net.layers[8]:
+            raise KeyboardInterrupt
+
+    for _ in range(10):
+        with pytest.raises(KeyboardInterrupt):
+            backpropagate(net.layers, schedule, x, lambda y: y.copy(), after_backward=interrupted)
+        _, found = npnet.value_and_grad(net, LOSS, x, y, schedule=schedule)
+        same([*found.values()], [*plain.values()])
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "half"])

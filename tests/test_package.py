@@ -48,6 +48,7 @@ ORDER = [
         "memory",
         "plans",
         "planner",
+        "transfers",
         "offload",
         "checkpoint",
         "failures",

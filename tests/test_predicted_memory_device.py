@@ -1,18 +1,23 @@
 """On a device, what a plan predicts is what its pool hands out: on the guard with CuPy's pool beside it."""
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import npnet
-from npnet import pricing
+from npnet import pricing, schedules
 from npnet.backend import ones
 from npnet.checkpoint import checkpoint
+from npnet.schedule import BACKWARD
 from npnet.step import accumulated_step
 from tests.pool import Device, counted_device
 from tests.scenarios import fresh_registry as fresh_registry
+from tests.test_schedules import valid_actions
 
 ACTIVATIONS = ["relu", "sigmoid", "tanh", "identity"]
 LOSSES = [npnet.Quadratic, npnet.SoftmaxCrossEntropy, npnet.MeanSquaredError]
@@ -80,6 +85,57 @@ def test_the_predicted_peak_is_that_of_the_pool_whatever_the_network_and_the_str
             case.check(case.plan(memory_budget=error.smallest_bytes))
 
 
+OFFLOADED = [(1, None), (1, 1), (1, 5), (2, None), (3, 2), (4, None)]
+
+
+@pytest.mark.parametrize(("n", "most"), OFFLOADED)
+@pytest.mark.parametrize("features", [7, 128])
+def test_what_is_on_its_way_out_and_back_is_counted(features: int, n: int, most: int | None) -> None:
+    case = Case(
+        npnet.mlp([features] * 16, rng=0, backend="cupy"), features, features, 2000, npnet.Quadratic, OPTIMIZERS[0]
+    )
+    case.check(case.plan(strategy=schedules.offloaded(15, n, most)))
+
+
+@given(valid_actions(), st.integers(0, 2**16))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_the_schedule_moves_its_peak_is_the_one_predicted(given_list: Any, seed: int) -> None:
+    actions, depth = given_list
+    sizes = np.random.default_rng(seed).integers(1, 90, depth + 1).tolist()
+    model = npnet.mlp(sizes, "tanh", rng=0, backend="cupy")
+    case = Case(model, sizes[0], sizes[-1], 600, npnet.Quadratic, OPTIMIZERS[0])
+    case.check(case.plan(strategy=npnet.Schedule(actions, depth)))
+
+
+@pytest.mark.parametrize(("sizes", "binding"), [([9, 3, 3, 80, 80, 80], 5), ([9, 80, 80, 80, 3, 3, 3], 3)])
+def test_without_what_is_on_its_way_more_would_be_taken_than_predicted(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], binding: int
+) -> None:
+    """The peak is at the turn, when a_3 is on its way out; or in backward 3, when a_1 is on its way back."""
+    model = npnet.mlp(sizes, "tanh", rng=0, backend="cupy")
+    case = Case(model, sizes[0], sizes[-1], 2000, npnet.Quadratic, OPTIMIZERS[0])
+    plan = case.plan(strategy="offload")
+    case.check(plan)
+    assert plan.binding.action == (BACKWARD, binding)
+    monkeypatch.setattr(pricing, "_moving", lambda schedule, chain: repeat(0, len(schedule)))
+    assert case.measured(plan.schedule) > 1.1 * case.plan(strategy="offload").peak_bytes
+
+
+def test_a_budget_for_offloading_is_kept_to(device: Device) -> None:
+    case = Case(npnet.mlp([64] * 20, rng=0, backend="cupy"), 64, 64, 2000, npnet.Quadratic, OPTIMIZERS[0])
+    plain, least = case.plan(), case.plan(strategy="offload")
+    for share in (0.0, 0.3, 0.7):
+        budget = least.peak_bytes + int(share * (plain.peak_bytes - least.peak_bytes))
+        plan = case.plan(strategy="offload", memory_budget=budget)
+        case.check(plan)
+        there = plan.chain.parameters + plan.chain.optimizer
+        with npnet.limit_memory(budget - there, "cupy"):
+            case.step(plan.schedule)
+        with npnet.limit_memory(int(0.97 * plan.peak_bytes) - there, "cupy"), pytest.raises(npnet.OutOfMemory):
+            case.step(plan.schedule)
+        assert not device.streams.astray
+
+
 def block(features: int, seed: int) -> npnet.Layer:
     inner = npnet.Sequential(
         npnet.LayerNorm(features, backend="cupy"),
@@ -111,7 +167,7 @@ def test_composed_models_and_half_precision_keep_to_what_is_predicted(name: str,
     if half:
         model = npnet.mixed_precision(model, half_products=False)
     case = Case(model, features, 7, 500, npnet.SoftmaxCrossEntropy, OPTIMIZERS[1])
-    for strategy in ("none", "sqrt"):
+    for strategy in ("none", "sqrt", "offload"):
         plan = case.plan(strategy=strategy)
         assert case.measured(plan.schedule) <= plan.peak_bytes
 
@@ -132,6 +188,8 @@ def test_on_numpy_nothing_is_rounded() -> None:
         exact, blocks = npnet.plan(host, 10).chain, npnet.plan(there, 10).chain
         assert exact.parameters == sum(parameter.value.nbytes for parameter in host.parameters())
         assert exact.uncounted == 0 < blocks.uncounted
+        assert not exact.overlapping
+        assert blocks.overlapping
         assert set(exact.activation[1:]) == {90 * np.dtype(dtype).itemsize}
         assert blocks.activation[1:] == [512 * -(-90 * np.dtype(dtype).itemsize // 512)] * 8
         assert exact.step_flops == blocks.step_flops
