@@ -7,10 +7,10 @@ import numpy as np
 from npnet.backend import Array, array_module, scalar
 from npnet.checks import shown
 from npnet.initializers import Initializer, kaiming_normal, xavier_normal
-from npnet.layer import Layer, LayerCost, Saved, ShapeError
+from npnet.layer import InPlaceLayer, LayerCost, Saved, ShapeError
 
 
-class Activation(Layer):
+class Activation(InPlaceLayer):
     """An elementwise function whose derivative follows from its *output*, which is why dense layers save so little.
 
     Subclasses write both directions in place; the out-of-place forms come from here.
@@ -39,10 +39,6 @@ class Activation(Layer):
         y = x.copy()
         self.forward_(y)
         return y, (x, y)
-
-    def backward(self, dy: Array, saved: Saved) -> Array:
-        self.check_gradient(dy, saved[1])
-        return self.backward_(dy.copy(), saved)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
         """Replace ``dy`` by dz = dy * f'(z), elementwise. Reads only the output y = saved[1]."""

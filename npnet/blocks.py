@@ -169,7 +169,7 @@ class LayerNorm(Layer):
             raise ShapeError(f"{self}: expected rows of shape (batch, {self.features}), got {tuple(shape)}")
 
 
-class GELU(Layer):
+class GELU(InPlaceLayer):
     """y = x * P(x), where P(x) = (1 + erf(x / sqrt 2)) / 2 is the normal distribution function.
 
     Hendrycks & Gimpel, "Gaussian Error Linear Units", 2016. With ``approximate="tanh"`` P(x) is
@@ -210,10 +210,6 @@ class GELU(Layer):
         xp.add(p, 1, out=p)
         xp.multiply(p, 0.5, out=p)
         return p
-
-    def backward(self, dy: Array, saved: Saved) -> Array:
-        self.check_gradient(dy, saved[1])
-        return self.backward_(dy.copy(), saved)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
         """dx = dy * (P + x P')."""

@@ -47,7 +47,7 @@ def backpropagate(
         output_gradient: from the chain's output a_L to a new array, the gradient dL/da_L.
         after_backward: called with each layer once its gradients are complete. An optimizer step there frees
             them at once, so the gradients of all layers are never alive together.
-        restore: does the recomputing (for chains whose layers save nothing but input and output).
+        restore: does the recomputing, for chains whose layers save nothing but input and output.
         needs_dx: go on to the gradient at ``x``, too.
         determinism_check: compare what is recomputed with what was computed first, number by number (by a hash: slow,
             for finding mistakes).
@@ -59,7 +59,7 @@ def backpropagate(
         NondeterministicLayer: with the check, a layer gave other numbers the second time.
         OffloadError: an activation cannot be moved out of memory, or back (see `npnet.offload`).
         ValueError: the schedule is for a chain of another depth, or does not name the layers that need what they
-            save (see `needs_saved`).
+            save (see `needs_saved`); or there are such layers, and a ``restore``.
 
     Whatever is raised on the way leaves no gradients behind.
     """
@@ -74,6 +74,10 @@ def backpropagate(
         if schedule.depth != len(layers):
             raise ValueError(f"a schedule for {schedule.depth} layers cannot run a chain of {len(layers)}")
         check_saves(layers, schedule)
+        if restore is not None and schedule.needs_saved:
+            raise ValueError(
+                f"restore: layers {sorted(schedule.needs_saved)} need what they saved, which it cannot give"
+            )
     except (AttributeError, TypeError):
         raise TypeError(f"layers: expected a list of layers, got {shown(layers)}") from None
     before = _checking.always
@@ -112,10 +116,12 @@ def _run(
     held: dict[int, Array] = {0: x}  # l -> a_l
     saved: dict[int, Saved] = {}  # l -> what layer l saved, where that is more than (a_{l-1}, a_l)
     gradient: Array | None = None  # dL/da_l, for the layer l whose backward pass is next
-    for kind, first, last, recompute, saves, passes in schedule.steps:
+    for kind, first, last, recompute, saves, passes in schedule.runs:
         if kind is FORWARD:
             if recompute and restore is not None:
                 held.update(enumerate(restore(held[first - 1], first, last), first))
+                for number in range(first, last + 1) if check is not None else ():
+                    check(number, held[number])  # type: ignore[misc]
                 continue
             output = held[first - 1]
             for number in range(first, last + 1):
@@ -273,6 +279,7 @@ class Tape(NamedTuple):
     parts: Sequence[Layer]
     saved: list[Saved]
 
+    @np.errstate(over="ignore", invalid="ignore")
     def backward(self, dy: Array) -> Array:
         """The gradient at the input, from that at the output; adds into the parameters' gradients.
 
@@ -291,6 +298,7 @@ class Tape(NamedTuple):
         return gradient  # type: ignore[no-any-return]
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def checkpoint_sequential(
     functions: Sequential | Sequence[Layer], segments: int, x: Array, preserve_rng_state: bool = True
 ) -> tuple[Array, Tape]:

@@ -29,7 +29,7 @@ def kernel_for(
     key: Any,
     method: Callable[..., Any],
     arrays: Sequence[Array],
-    rows: Sequence[bool] = (),
+    vectors: Sequence[bool] = (),
     factors: int = 0,
     scratch: Sequence[int] = (),
     parts: int = 0,
@@ -37,28 +37,28 @@ def kernel_for(
     """The kernel of ``method`` for such arrays, made once for a ``key`` and dtypes; None if there is none."""
     if not _on_gpu(arrays[0]):
         return None
-    rows = tuple(rows) or (False,) * len(arrays)
-    whole = [array for array, row in zip(arrays, rows, strict=True) if not row]
+    vectors = tuple(vectors) or (False,) * len(arrays)
+    whole = [array for array, vector in zip(arrays, vectors, strict=True) if not vector]
     alike = all(array.shape == whole[0].shape for array in whole)
     in_rows = all(array.flags.c_contiguous for array in arrays)
-    in_columns = not any(rows) and all(array.flags.f_contiguous for array in arrays)
+    in_columns = not any(vectors) and all(array.flags.f_contiguous for array in arrays)
     if not (alike and (in_rows or in_columns) and whole[0].size < MOST_NUMBERS):
         return None
     dtypes = [array.dtype for array in arrays]
-    key = key, tuple(dtypes), rows, factors, parts
+    key = key, tuple(dtypes), vectors, factors, parts
     if key not in _kernels:
         try:
-            _kernels[key] = Kernel(method, dtypes, rows, factors, scratch, parts)
+            _kernels[key] = Kernel(method, dtypes, vectors, factors, scratch, parts)
         except CannotFuse:
             _kernels[key] = None
     kernel = _kernels[key]
-    return None if kernel is not None and kernel.by_rows and not in_rows else kernel
+    return None if kernel is not None and kernel.row_by_row and not in_rows else kernel
 
 
 def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward_(self: Any, z: Array, bias: Array | None = None) -> None:
-        arrays, rows = ([z], [False]) if bias is None else ([z, bias], [False, True])
-        kernel = kernel_for((plain, _settings(self)), functools.partial(plain, self), arrays, rows)
+        arrays, vectors = ([z], [False]) if bias is None else ([z, bias], [False, True])
+        kernel = kernel_for(plain, functools.partial(plain, self), arrays, vectors)
         if kernel is None:
             plain(self, z, bias)
         else:
@@ -74,7 +74,7 @@ def _backward(plain: Callable[..., Any]) -> Callable[..., Any]:
                 raise CannotFuse("dx is not where dy was")
 
         arrays = [dy, saved[1]]
-        kernel = kernel_for((plain, _settings(self)), method, arrays)
+        kernel = kernel_for(plain, method, arrays)
         if kernel is None:
             dx: Array = plain(self, dy, saved, needs_dx)
             return dx
@@ -148,9 +148,9 @@ def _on_gpu(array: Any) -> bool:
     return hasattr(array_module(array), "RawKernel")
 
 
-def _settings(owner: Any) -> tuple[Any, ...]:
-    """What the formula depends on besides arrays and factors: the learning rate is one of these."""
-    said = {name: value for name, value in vars(owner).items() if isinstance(value, (int, float, str))}
+def _settings(optimizer: Optimizer) -> tuple[Any, ...]:
+    """What the formula of an update depends on besides arrays and factors, of which the learning rate is one."""
+    said = {name: value for name, value in vars(optimizer).items() if isinstance(value, (int, float, str))}
     return tuple(sorted((name, value) for name, value in said.items() if name != "learning_rate"))
 
 

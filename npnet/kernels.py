@@ -1,7 +1,7 @@
 """A formula as one kernel, for a GPU, where each call by itself is a launch and a way through all of its arrays.
 
 `Kernel` runs a method once on stand-ins that write down what is called (see `npnet.symbols`), and makes C of that. It
-does what the calls do, but reads each array once and writes it once.
+does what the calls do, in one launch, and goes through the arrays once: reads each once, and writes it once.
 
 A sum or maximum along the rows is known when a row has been gone through, so what needs it comes in another pass over
 the row. A pass computes again whatever it needs of those before, from the inputs: recomputing is cheaper than keeping
@@ -9,6 +9,7 @@ here, too, since arithmetic is fast and memory is not.
 """
 
 import functools
+import re
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ class Kernel:
     Args:
         method: is called with a `Symbol` for each array, then for each factor. It may return a `Total`.
         dtypes: of the arrays.
-        rows: which of them are rows, (features,), broadcast over the others, (batch, features).
+        vectors: which of them are (features,), broadcast over the rows of the others, (batch, features).
         factors: how many numbers follow, which differ from call to call.
         scratch: which of the arrays nobody reads afterwards: they are not written.
         parts: how often the arrays may come, each time of another size: all in one launch.
@@ -47,7 +48,7 @@ class Kernel:
         self,
         method: Callable[..., Any],
         dtypes: Sequence[np.dtype[Any]],
-        rows: Sequence[bool],
+        vectors: Sequence[bool],
         factors: int = 0,
         scratch: Sequence[int] = (),
         parts: int = 0,
@@ -59,30 +60,32 @@ class Kernel:
         arrays = [symbol(self.trace, f"x{i}", dtype) for i, dtype in enumerate(dtypes)]
         self._factor_kind = np.uint64 if symbol is Word else np.float64
         names = [f"({kinds[0]})f{i}" for i in range(factors)]
-        self.trace.factors = [symbol(self.trace, name, dtypes[0], row=True) for name in names]
+        self.trace.factors = [symbol(self.trace, name, dtypes[0], per_row=True) for name in names]
         try:
             self.result = method(*arrays, *self.trace.factors)
         except (TypeError, ValueError) as error:  # of operators, of functions of another module
             raise CannotFuse(str(error)) from None
         self.written = [i for i, each in enumerate(arrays) if each.name != f"x{i}" and i not in scratch]
-        if any(rows[i] for i in self.written) or not self.written:
-            raise CannotFuse("a row is written, or nothing")
-        self.by_rows = bool(self.trace.reductions or self.trace.totals)
-        if self.by_rows and parts:
+        if any(vectors[i] for i in self.written) or not self.written:
+            raise CannotFuse("a vector is written, or nothing")
+        self.row_by_row = bool(self.trace.reductions or self.trace.totals)
+        if self.row_by_row and parts:
             raise CannotFuse("rows of several arrays")
         pointers = [f"{'' if i in self.written else 'const '}{kind}* a{i}" for i, kind in enumerate(kinds)]
-        reads = [f"{kind} x{i} = a{i}[{self._index(rows[i])}];" for i, kind in enumerate(kinds)]
         writes = [f"a{i}[i] = {arrays[i].name};" for i in self.written]
+        texts = [*(line.text for line in self.trace.lines), *(each.of for each in self.trace.reductions), *writes]
+        used = set(re.findall(r"\w+", " ".join(texts)))
+        reads = [f"{kind} x{i} = a{i}[{self._index(vectors[i])}];" for i, kind in enumerate(kinds) if f"x{i}" in used]
         last = max([each.ready for each in self.trace.reductions] + [arrays[i].ready for i in self.written])
-        body = self._row_by_row(reads, writes, last, kinds[0]) if self.by_rows else self._flat(reads, writes)
+        body = self._row_by_row(reads, writes, last) if self.row_by_row else self._flat(reads, writes)
         numbers = [f"{'double' if symbol is Symbol else kinds[0]} f{i}" for i in range(factors)]
-        if self.by_rows:
+        if self.trace.totals:
             pointers.append(f"{kinds[0]}* partial")
         self.source = self._whole(pointers, numbers, body)
 
-    def _index(self, row: bool) -> str:
+    def _index(self, vector: bool) -> str:
         """Of an element in its array."""
-        return "i" if not row else "c" if self.by_rows else "i % columns"
+        return "i" if not vector else "c" if self.row_by_row else "i % columns"
 
     def _flat(self, reads: list[str], writes: list[str]) -> list[str]:
         """A thread for each element."""
@@ -90,13 +93,13 @@ class Kernel:
         thread = "unsigned int i = blockIdx.x * blockDim.x + threadIdx.x;"
         return [thread, "if (i >= n) return;", *reads, *lines, *writes]
 
-    def _row_by_row(self, reads: list[str], writes: list[str], last: int, kind: str) -> list[str]:
+    def _row_by_row(self, reads: list[str], writes: list[str], last: int) -> list[str]:
         """LANES threads, side by side, for each row."""
         trace = self.trace
         body = [
             "unsigned int row = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES, lane = threadIdx.x % LANES;",
-            "if (row >= n) return;",
-            *(line.text for line in trace.lines if line.row and not line.ready),
+            "if (row >= n) return;  // with all that it exchanges numbers with",
+            *(line.text for line in trace.lines if line.per_row and not line.ready),
         ]
         for number in range(last + 1):
             here = [each for each in trace.reductions if each.ready == number]
@@ -105,7 +108,7 @@ class Kernel:
                 "for (unsigned int c = lane; c < columns; c += LANES) {",
                 "    unsigned int i = row * columns + c;",
             ]
-            inside = [*reads, *(line.text for line in trace.lines if line.ready <= number and not line.row)]
+            inside = [*reads, *(line.text for line in trace.lines if line.ready <= number and not line.per_row)]
             inside += [f"{each.name} = {EXPRESSIONS[each.function].format(each.of, each.name)};" for each in here]
             body += [f"    {text}" for text in inside + (writes if number == last else [])]
             body.append("}")
@@ -117,18 +120,20 @@ class Kernel:
                     f"    {each.name} = {combined};",
                     "}",
                 ]
-            body += [line.text for line in trace.lines if line.row and line.ready == number + 1]
-        return body + [f"if (!lane) partial[{i} * n + row] = {each.name};" for i, each in enumerate(trace.totals)]
+            body += [line.text for line in trace.lines if line.per_row and line.ready == number + 1]
+        return body + [
+            f"if (!lane) partial[(size_t){i} * n + row] = {each.name};" for i, each in enumerate(trace.totals)
+        ]
 
     def _whole(self, pointers: list[str], numbers: list[str], body: list[str]) -> str:
         start = ["unsigned int n", "unsigned int columns", *pointers]
-        head = "#ifndef LANES\n#define LANES 32\n#endif\n" if self.by_rows else ""
+        head = "#ifndef LANES  // a test may say less\n#define LANES 32\n#endif\n" if self.row_by_row else ""
         if self.parts:
             names = [each.split()[-1] for each in start]
             body = [f"{each} = parts.part[blockIdx.y].{name};" for each, name in zip(start, names, strict=True)] + body
             head += f"typedef struct {{ {'; '.join(start)}; }} Part;\n"
             head += f"typedef struct {{ Part part[{self.parts}]; }} Parts;\n"
-            start = ["Parts parts"]
+            start = ["const __grid_constant__ Parts parts"]  # no thread makes a copy, to look up its part in
         text = "\n    ".join(body)
         return f'{head}extern "C" __global__ void fused({", ".join(start + numbers)}) {{\n    {text}\n}}\n'
 
@@ -144,16 +149,14 @@ class Kernel:
         first = arrays[0]
         columns = first.shape[-1] if first.ndim else 1
         n, numbers = first.size, tuple(map(self._factor_kind, factors))
-        if not self.by_rows:
+        if not self.row_by_row:
             if n:
                 self.compiled((-(-n // 256),), (256,), (np.uint32(n), np.uint32(columns), *arrays, *numbers))
             return None
-        n = len(first)
-        partial: Any = array_module(first).empty((max(len(self.trace.totals), 1), n), first.dtype)
-        self.compiled((-(-n // 8),), (256,), (np.uint32(n), np.uint32(columns), *arrays, partial, *numbers))
-        if isinstance(self.result, Total):
-            return self.result.value(partial.sum(axis=1), factors)
-        return None
+        n, totals = len(first), len(self.trace.totals)
+        partial: Any = [array_module(first).empty((totals, n), first.dtype)] if totals else []
+        self.compiled((-(-n // 8),), (256,), (np.uint32(n), np.uint32(columns), *arrays, *partial, *numbers))
+        return self.result.value(partial[0].sum(axis=1), factors) if isinstance(self.result, Total) else None
 
     def of_parts(self, parts: Sequence[Sequence[Any]], factors: Sequence[float]) -> None:
         """Do it for several lists of arrays."""

@@ -154,10 +154,7 @@ class Layer(Savable):
 
     def parameters(self) -> list[Parameter]:
         """All parameters, in the order of `named_parameters`."""
-        found = [value for value in vars(self).values() if isinstance(value, Parameter)]
-        for child in self.children().values():
-            found += child.parameters()
-        return found
+        return list(self.named_parameters().values())
 
     def train(self, mode: bool = True) -> Self:
         """Train from now on (dropout drops, `npnet.checkpoint` checkpoints), with all layers inside."""
@@ -244,6 +241,8 @@ class InPlaceLayer(Layer):
     """A layer that writes `backward_` alone, which may overwrite ``dy``; `backward` is that on a copy."""
 
     def backward(self, dy: Array, saved: Saved) -> Array:
+        if self.output_suffices:
+            self.check_gradient(dy, saved[1])
         dx = self.backward_(dy.copy(), saved)
         assert dx is not None, "needs_dx is True by default"
         return dx

@@ -10,16 +10,16 @@ from npnet.activations import INITIALIZERS, Activation, as_activation
 from npnet.backend import Array, array_module, backend_of, get_backend, ones, to_backend
 from npnet.checks import check_array, check_float, check_room, check_sizes, shown
 from npnet.initializers import Initializer, as_initializer, xavier_normal
-from npnet.layer import KindError, Layer, LayerCost, Parameter, Saved, ShapeError
+from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError
 from npnet.random import RNG, as_generator
 
 
-class Dense(Layer):
+class Dense(InPlaceLayer):
     """y = f(x W^T + b): a linear map and an activation in one buffer.
 
     Args:
         in_features, out_features: sizes of a row of x and of y.
-        activation: "sigmoid", "tanh", "relu", "identity", or an `Activation`.
+        activation: "sigmoid", "tanh", "relu", "identity", "softmax", or an `Activation`.
         initializer: of the weight, by name or a function; by default the one that suits the activation. Biases start at
             zero.
         dtype: of parameters and activations.
@@ -73,12 +73,6 @@ class Dense(Layer):
             raise self._input_error(x) from None
         self.activation.forward_(y, self.bias.value)
         return y, (x, y)
-
-    def backward(self, dy: Array, saved: Saved) -> Array:
-        self.check_gradient(dy, saved[1])
-        dx = self.backward_(dy.copy(), saved)
-        assert dx is not None
-        return dx
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         x, _ = saved
@@ -262,10 +256,10 @@ def mlp(
     """
     sizes = check_sizes(sizes)
     generator, activation = as_generator(rng), as_activation(activation)
-    names = [activation] * (len(sizes) - 2) + [output]
+    activations = [activation] * (len(sizes) - 2) + [output]
     return Sequential(
         *(
-            Dense(n, m, name, initializer=initializer, dtype=dtype, rng=generator, backend=backend)
-            for n, m, name in zip(sizes[:-1], sizes[1:], names, strict=True)
+            Dense(n, m, each, initializer=initializer, dtype=dtype, rng=generator, backend=backend)
+            for n, m, each in zip(sizes[:-1], sizes[1:], activations, strict=True)
         )
     )

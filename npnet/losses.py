@@ -9,14 +9,12 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import numpy as np
-
 from npnet.backend import Array, array_module, backend_of
 from npnet.checks import check_one_hot, check_pairs, check_rows, check_whole
 
 
 class TrainingDiverged(ArithmeticError):
-    """The loss is no longer a finite number. Raised before the backward pass, so that step changed nothing."""
+    """The loss, or what tells of it, is no longer a finite number. The step in which that is found changes nothing."""
 
 
 def check_finite(value: Array | float, what: str = "the loss") -> float:
@@ -46,17 +44,22 @@ def accuracy(predict: Callable[[Array], Array], x: Array, y: Array) -> float:
         y: (samples, classes), one-hot.
 
     Raises:
-        ValueError: ``y`` is not one-hot, or not as long as ``x``.
+        ValueError: ``y`` is not one-hot, or not as long as ``x``, or there are no samples.
         TrainingDiverged: an output is not finite.
     """
     check_pairs(x, y)
     check_one_hot(y, "y")
+    if not len(x):
+        raise ValueError("x: expected at least one sample, got none")
     correct = 0
     for start in range(0, len(x), ACCURACY_ROWS):
         rows = slice(start, start + ACCURACY_ROWS)
         output = predict(x[rows])
-        with np.errstate(over="ignore", invalid="ignore"):
-            check_finite(output.sum(), "the network's output (its sum)")
+        if not bool(array_module(output).isfinite(output).all()):
+            raise TrainingDiverged(
+                "an output of the network is not finite; train it again with a lower learning rate, or look for "
+                "extreme values in the data"
+            )
         correct += int((output.argmax(axis=1) == y[rows].argmax(axis=1)).sum())
     return correct / len(x)
 
@@ -110,6 +113,8 @@ class _ByFormula(Loss):
 
     def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
         _check_pair(output, target)
+        if target.dtype != output.dtype:
+            target = target.astype(output.dtype)
         return self._formula(output, target, self._scale(output))
 
     def _scale(self, output: Array) -> float:

@@ -175,10 +175,10 @@ class Network(Savable):
     def update_mini_batch(self, mini_batch: Pair, eta: float) -> None:
         """One step of gradient descent on a batch: w <- w - eta/batch * dC/dw.
 
-        The step is linear in the gradient at the output, so eta/batch is multiplied in there, once, on the
-        smallest array there is. Each layer is updated as soon as its gradient is known, and the gradient is
-        freed. (A subclass that overrides `backprop` is updated from what that returns.) The first batch of a size is
-        rehearsed, so that memory runs out before anything is updated, if it does.
+        The step is linear in the gradient at the output, so eta/batch is multiplied in there, once. Each layer is
+        updated as soon as its gradient is known, and the gradient is freed. (A subclass that overrides `backprop` is
+        updated from what that returns.) The first batch is rehearsed, and so is each that is larger, so that memory
+        runs out before anything is updated, if it does.
 
         Args:
             mini_batch: (x, y), rows.
@@ -223,7 +223,7 @@ class Network(Savable):
             )
 
     def _rehearse(self, schedule: Schedule, x: Array) -> None:
-        """Once for a schedule and batch size: do all that a step does but the update, by the engine alone.
+        """Once for a schedule, and for a larger batch: do all that a step does but the update, by the engine alone.
 
         Methods of a subclass are not called. Once more when weights are lent: each will be copied on its update.
         """

@@ -26,8 +26,8 @@ class NetworkWithCheckpointing(Network):
         sizes, dtype, rng, backend: as for `Network`.
         checkpoint_every_nth_layer: keep the output of every n-th layer, and recompute the others from there. 0 is
             off, 1 keeps all.
-        schedule: instead of n, a `Schedule`, a name ("none", "sqrt", "revolve"), a list of actions or a function of the
-            depth.
+        schedule: instead of n, a `Schedule`, a name ("none", "sqrt", "revolve", "offload"), a list of actions or a
+            function of the depth.
         memory_budget: instead, bytes or "20 MB": the most that a training step may take, as for `npnet.plan`. The
             cheapest schedule is planned at the first batch, and again when the batch size changes. Data are not
             counted, nor a copy that is made of data of another dtype; nor what a method of a subclass allocates. On a
@@ -125,7 +125,8 @@ class NetworkWithCheckpointing(Network):
             layer_idx_end: index behind the last layer to run.
 
         Returns:
-            ``a`` and the outputs of the layers, columns: layer_idx_end - checkpoint_idx_start + 1 arrays.
+            ``a`` and the outputs of the layers, columns: layer_idx_end - checkpoint_idx_start + 1 arrays. (``a`` alone
+            where the end is not behind the start, as in the exercise.)
         """
         checkpoint_idx_start = check_whole(checkpoint_idx_start, "checkpoint_idx_start")
         layer_idx_end = check_whole(layer_idx_end, "layer_idx_end")

@@ -3,10 +3,11 @@
 *Memory-persistent* schedules are searched: what is kept is let go only when its last backward use is done. Among them
 the schedule found is optimal; without that restriction a cheaper one can exist (tests/test_optimal.py has an example).
 
-The problem (s, t, m): do the backward passes of layers t, ..., s with a_{s-1} held, and charged to nobody here, the
-gradient at a_t, and m bytes for everything else. T(s, t, m) is the least cost of the forwards that this takes, infinite
-if it cannot be done. Where the output of layer t suffices for its backward pass, a_t is held, too, and counts within m;
-where that needs what the layer saved, or on the way up, when t = L, a_t is not there. Then
+The problem (s, t, m): do the backward passes of layers t, ..., s. a_{s-1} is held, and paid for by whoever asks; the
+gradient at a_t is known; m bytes are left for everything else. a_t is held, too, and paid from m, if layer t's output
+suffices for its backward pass. It is not there if that needs what the layer saved (t will be run again), nor for t = L
+(the forward pass has not come that far). T(s, t, m) is the least cost of the forwards that this takes, infinite if it
+cannot be done:
 
     T(s, s, m) = 0 if a_s is held, else f_s
     T(s, t, m) = the least of  f_s + ... + f_k + T(k+1, t, m - A_k) + T(s, k, m)  for s <= k < t  (keep a_k alone)
@@ -62,7 +63,7 @@ class _Needs:
         """To run layer s, keep what it saved, and run its backward pass at the end of (s, t)."""
         return int(max(self.around[t] + self.forward[s], self.backward[s]))
 
-    def way_up(self, s: int, t: int) -> int:
+    def forward_sweep(self, s: int, t: int) -> int:
         """To run layers s, ..., t - 1: in every solution of (s, t) each of them is run with all that is around."""
         within = self.forward_within[s + 1 : t].max(initial=self.forward[s])
         return int(within + self.around[t])
@@ -83,7 +84,7 @@ def smallest_budget(chain: Chain) -> tuple[int, Schedule]:
             t = s + length
             need = np.maximum(least[s, s:t], least[s + 1 : t + 1, t] + needs.activation[s:t])
             k = int(need.argmin())
-            least[s, t], choice[s, t] = max(int(need[k]), needs.way_up(s, t)), s + k
+            least[s, t], choice[s, t] = max(int(need[k]), needs.forward_sweep(s, t)), s + k
             if s in chain.needs_saved:
                 keep = max(needs.keep_all(s, t), int(least[s + 1, t] + needs.activation[s] + needs.saved[s]))
                 if keep <= least[s, t]:
@@ -135,7 +136,7 @@ class Optimum:
         best = work.min(axis=0, out=self._table[s, t])
         if s in self.chain.needs_saved:
             np.minimum(best, self._keep_all(s, t), out=best)
-        best[: self._level(self.needs.way_up(s, t))] = np.inf
+        best[: self._level(self.needs.forward_sweep(s, t))] = np.inf
         self._finish(s, t)
 
     def _keep_all(self, s: int, t: int) -> Floats:
@@ -193,7 +194,7 @@ def remainders(chain: Chain, unit: int, first: Iterable[int] = ()) -> list[int]:
     found = dict.fromkeys(size % unit for size in first)
     found |= dict.fromkeys(needs.leaf(s) % unit for s in layers)
     for t in layers:
-        found |= dict.fromkeys(needs.way_up(s, t) % unit for s in range(1, t))
+        found |= dict.fromkeys(needs.forward_sweep(s, t) % unit for s in range(1, t))
         found |= dict.fromkeys(needs.keep_all(s, t) % unit for s in range(1, t) if s in chain.needs_saved)
     return list(found)
 

@@ -24,6 +24,7 @@ def check_parameters(parameters: Iterable[Parameter]) -> list[Parameter]:
 
     Raises:
         TypeError: they are not parameters.
+        ValueError: one is there twice.
     """
     try:
         given = list(parameters)
@@ -31,6 +32,8 @@ def check_parameters(parameters: Iterable[Parameter]) -> list[Parameter]:
         given = [parameters]  # type: ignore[list-item]
     for each in given:
         check_kind(each, Parameter, "parameters", "those that model.parameters() gives")
+    if len(set(given)) < len(given):
+        raise ValueError("parameters: one of them is there twice; give each once")
     return given
 
 
@@ -70,15 +73,24 @@ class Optimizer:
             parameter.gradient = None
 
     def prepare(self, parameters: Iterable[Parameter]) -> list[Parameter]:
-        """Allocate whatever their updates take; returns those that have a gradient."""
+        """Allocate whatever their updates take, and add the weight decay to the gradients: once before an update.
+
+        Returns:
+            Those that have a gradient.
+
+        Raises:
+            ValueError: a parameter is there twice.
+        """
         try:
             ready = [parameter for parameter in parameters if parameter.gradient is not None]
         except (AttributeError, TypeError):
             check_parameters(parameters)  # the reason, most likely
             raise
-        for parameter in ready:
-            weight = self._allocate(parameter)
-            if self.weight_decay:
+        if len(set(ready)) < len(ready):
+            check_parameters(ready)
+        weights = [self._allocate(parameter) for parameter in ready]
+        if self.weight_decay:
+            for parameter, weight in zip(ready, weights, strict=True):
                 parameter.accumulate(array_module(weight).multiply(weight, self.weight_decay))
         return ready
 
@@ -180,7 +192,8 @@ class Optimizer:
                 if kind in self.not_negative and array.size and array.min() < 0:
                     raise ValueError(f"load_state_dict: {kind}/{name}: expected numbers of at least 0")
             backend = backend_of(weight).name
-            arrays = {kind: to_backend(array.copy(order="K"), backend) for kind, array in given.items()}
+            order: Any = "F" if weight.flags.f_contiguous else "C"  # an update goes through all in one order
+            arrays = {kind: to_backend(array.copy(order=order), backend) for kind, array in given.items()}
             fresh[parameter] = {**arrays, "steps": int(steps)}
         self._forget(parameters.values())
         self._state |= fresh

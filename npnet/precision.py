@@ -78,9 +78,6 @@ class Stored(InPlaceLayer):
     def named_parameters(self, prefix: str = "") -> dict[str, Parameter]:
         return self.inner.named_parameters(prefix)
 
-    def parameters(self) -> list[Parameter]:
-        return self.inner.parameters()
-
     def _up(self, saved: Any) -> Any:
         """Stored arrays in single precision, within tuples and lists."""
         done: dict[int, Array] = {}  # what is there twice is converted once
@@ -158,11 +155,7 @@ class HalfProducts(Stored):
         y = output if self.down else output.astype(self.single)
         return y, (x, y)
 
-    def backward(self, dy: Array, saved: Saved) -> Array:
-        self.check_gradient(dy, saved[1])
-        dx = self.backward_(dy.copy(), saved)
-        assert dx is not None
-        return dx
+    backward = InPlaceLayer.backward
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         x, y = (array.astype(self.dtype, copy=False) for array in saved)

@@ -16,7 +16,7 @@ import numpy as np
 
 from npnet.layer import Layer, LayerCost, ShapeError, needs_saved
 from npnet.pools import block_bytes, in_blocks
-from npnet.schedule import BACKWARD, FETCH, FORWARD, OFFLOAD, Action, Schedule
+from npnet.schedule import BACKWARD, DROP, FETCH, FORWARD, OFFLOAD, Action, Schedule
 
 MESSAGE_BYTES = 2**16
 """Gradients of thin layers are sent together, up to so many bytes: a message takes microseconds however small it is."""
@@ -41,12 +41,13 @@ class Chain:
     forward_flops: Sequence[int]  # f_l
     backward_flops: Sequence[int]  # b_l
     needs_saved: frozenset[int] = frozenset()
+    saves_input: frozenset[int] = frozenset()  # those of them whose input is among what they save
     loss_bytes: int = 0  # the most that the loss takes besides the output: D_L included
     parameters: int = 0
     optimizer: int = 0
     accumulated: int = 0  # gradients of the micro-batches before
     communication: int = 0  # buffers in which gradients are summed over several processes
-    uncounted: int = 0  # on a device: for single rows and columns, and for what reductions take
+    small: int = 0  # on a device: for single rows and columns, and for what reductions take
     overlapping: bool = False  # on a device: activations leave and come back while it computes (`npnet.transfers`)
     gradient_given: bool = False  # D_L is there from the start (a model of the literature; in npnet the loss makes it)
 
@@ -58,7 +59,7 @@ class Chain:
     @property
     def fixed(self) -> int:
         """Bytes that are alive throughout, whatever the schedule."""
-        return self.parameters + self.optimizer + self.accumulated + self.communication + self.uncounted
+        return self.parameters + self.optimizer + self.accumulated + self.communication + self.small
 
     @property
     def step_flops(self) -> int:
@@ -103,7 +104,7 @@ def chain_of(
         accumulating: gradients of other micro-batches are there, to be added to.
         communicating: gradients are summed over several processes.
 
-    On a device arrays take whole blocks of its pool, and what is small is counted, too (`Chain.uncounted`).
+    On a device arrays take whole blocks of its pool, and what is small is counted, too (`Chain.small`).
 
     Raises:
         NotImplementedError: a layer does not say what it costs.
@@ -139,12 +140,13 @@ def chain_of(
         forward_flops=[0, *(cost.forward_flops for cost in costs)],
         backward_flops=[0, *(cost.backward_flops for cost in costs)],
         needs_saved=needs_saved(layers),
+        saves_input=frozenset(number for number in needs_saved(layers) if costs[number - 1].keeps_input),
         loss_bytes=loss_arrays * outputs[-1],
         parameters=parameters,
         optimizer=state_arrays * parameters,
         accumulated=parameters if accumulating else 0,
         communication=sum(in_blocks(size, block) for size in buffer_bytes(layers)) if communicating else 0,
-        uncounted=0 if block == 1 else _small_bytes(batch, max(cost.output_shape[1] for cost in costs), dtype),
+        small=0 if block == 1 else _small_bytes(batch, max(cost.output_shape[1] for cost in costs), dtype),
         overlapping=block > 1,
     )
 
@@ -205,6 +207,8 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
     checkpoints = segment = kept = 0
     passed = chain.gradient[chain.depth] if chain.gradient_given else 0
     moments = []
+    saving = set[int]()  # layers that hold what they saved, their input among it
+    saved_inputs: dict[int, int] = {}  # such a layer -> bytes of its input, which the schedule has let go
     made: dict[int, int] = {}  # layer -> index of the action that made the activation held
     for i, (action, moving) in enumerate(zip(schedule, _moving(schedule, chain), strict=True)):
         kind, layer = action
@@ -212,6 +216,8 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
         if kind is FORWARD:
             saved = chain.saved[layer] if last_forward[layer] == i else 0
             held[layer], made[layer] = chain.activation[layer] + saved, i
+            if last_forward[layer] == i and layer in chain.saves_input:
+                saving.add(layer)
             peak = before + chain.activation[layer] + max(saved, chain.forward_bytes[layer])
             change = held[layer]
         elif kind is FETCH:
@@ -224,12 +230,17 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
             checkpoints += change
         else:
             segment += change
+        if kind in (DROP, OFFLOAD) and layer + 1 in saving:  # no more than a name is let go
+            saved_inputs[layer + 1] = chain.activation[layer]
+            segment += chain.activation[layer]
         if kind is BACKWARD:
             peak = before + chain.backward_bytes[layer]
             if layer == chain.depth and not chain.gradient_given:  # the loss makes the first gradient
                 peak = before + max(chain.loss_bytes, chain.gradient[layer] + chain.backward_bytes[layer])
             kept += 0 if chain.streaming else chain.parameter_gradients[layer]
             passed = chain.gradient[layer - 1] if layer > 1 else 0
+            saving.discard(layer)
+            segment -= saved_inputs.pop(layer, 0)
         alive = checkpoints + segment + kept + passed + moving
         moments.append(
             Moment(
@@ -239,7 +250,7 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
                 chain.accumulated + chain.communication + kept + passed,
                 checkpoints,
                 segment + moving,
-                max(peak - alive, 0) + chain.uncounted,
+                max(peak - alive, 0) + chain.small,
             )
         )
     return moments

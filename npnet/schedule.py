@@ -121,7 +121,8 @@ class Schedule(tuple[Action, ...]):
     depth: int
     name: str
     needs_saved: frozenset[int]
-    steps: tuple[Run, ...]
+    runs: tuple[Run, ...]
+    """What the engine executes."""
 
     def __new__(
         cls, actions: Iterable[tuple[Kind, int]], depth: int, name: str = "custom", needs_saved: Iterable[int] = ()
@@ -133,7 +134,9 @@ class Schedule(tuple[Action, ...]):
         self = super().__new__(cls, map(_action, given))
         self.depth, self.name = check_whole(depth, "depth", least=1), check_kind(name, str, "name", "'every 3'")
         self.needs_saved = check_layers(needs_saved, "needs_saved")
-        self.steps = self._compile(self.needs_saved)
+        if self.needs_saved and max(self.needs_saved) > self.depth:
+            raise ValueError(f"needs_saved: there is no layer {max(self.needs_saved)} in a chain of {self.depth}")
+        self.runs = self._compile(self.needs_saved)
         return self
 
     def __getnewargs__(self) -> tuple[tuple[Action, ...], int, str, frozenset[int]]:
@@ -200,7 +203,7 @@ class Schedule(tuple[Action, ...]):
         last_forward = {
             each.layer: i for i, each in enumerate(self) if each.kind is FORWARD and type(each.layer) is int
         }
-        held, out, seen, steps = {0}, set[int](), set[int](), list[Run]()
+        held, out, seen, runs = {0}, set[int](), set[int](), list[Run]()
         next_backward = self.depth  # the layer at whose output the gradient is known
         for i, (kind, layer) in enumerate(self):
             problem = self._problem(kind, layer, held, out, next_backward)
@@ -217,11 +220,11 @@ class Schedule(tuple[Action, ...]):
             elif kind is BACKWARD:
                 next_backward -= 1
             saves = kind is FORWARD and layer in needs_saved and last_forward[layer] == i
-            steps.append(Run(kind, layer, layer, layer in seen, saves))
+            runs.append(Run(kind, layer, layer, layer in seen, saves))
             seen.add(layer)
         if next_backward:
             raise InvalidSchedule(f"after the last of {len(self)} actions: layer {next_backward} has no backward pass")
-        return tuple(_join(steps))
+        return tuple(_join(runs))
 
     def _problem(self, kind: Kind, layer: int, held: set[int], out: set[int], next_backward: int) -> str:
         """Why this action cannot come now, or nothing."""
@@ -246,14 +249,14 @@ class Schedule(tuple[Action, ...]):
         return ""
 
 
-def _join(steps: Sequence[Run]) -> Iterable[Run]:
-    """The steps, with runs of forward steps for consecutive layers joined, and with the drops that follow each."""
+def _join(runs: Sequence[Run]) -> Iterable[Run]:
+    """The runs, of an action each, with forward runs of consecutive layers joined, and with their drops."""
     i = 0
-    while i < len(steps):
-        run, i = steps[i], i + 1
-        while run.kind is FORWARD and i < len(steps):
-            follows = (*steps[i][:2], *steps[i][3:5]) == (FORWARD, run.last + 1, run.recompute, run.saves)
-            drops = not run.recompute and [each[:2] for each in steps[i + 1 : i + 2]] == [(DROP, run.last)]
+    while i < len(runs):
+        run, i = runs[i], i + 1
+        while run.kind is FORWARD and i < len(runs):
+            follows = (*runs[i][:2], *runs[i][3:5]) == (FORWARD, run.last + 1, run.recompute, run.saves)
+            drops = not run.recompute and [each[:2] for each in runs[i + 1 : i + 2]] == [(DROP, run.last)]
             if not follows or (run.first < run.last and run.passes != drops):
                 break
             run = run._replace(last=run.last + 1, passes=drops)

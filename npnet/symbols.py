@@ -49,8 +49,8 @@ class Line(NamedTuple):
     """A variable, and how it is computed."""
 
     text: str
-    ready: int  # the pass over a row in which what it computes is known first
-    row: bool  # computed once a row, before that pass; else for each element, in that pass and those after it
+    ready: int  # the first pass over a row in which it can be computed
+    per_row: bool  # computed once a row, before that pass; else for each element, in that pass and those after it
 
 
 class Reduction(NamedTuple):
@@ -69,7 +69,7 @@ class Trace:
     def __init__(self) -> None:
         self.lines: list[Line] = []
         self.reductions: list[Reduction] = []
-        self.totals: list[Symbol] = []  # numbers of rows, which are summed over all rows
+        self.totals: list[Symbol] = []  # one number a row, to be summed over all rows
         self.factors: list[Symbol] = []
 
     def name(self) -> str:
@@ -81,21 +81,21 @@ class Symbol:
     """Stands for an array: ``name`` is the variable that holds its element by now.
 
     Args:
-        ready: the pass over a row from which on it is known.
-        row: it is one number for a row.
+        ready: the first pass over a row in which it is known.
+        per_row: it is one number for a row.
     """
 
     __array_ufunc__ = None  # a NumPy number on the left of an operator leaves it to the symbol
 
-    def __init__(self, trace: Trace, name: str, dtype: np.dtype[Any], ready: int = 0, row: bool = False) -> None:
-        self.trace, self.name, self.dtype, self.ready, self.row = trace, name, dtype, ready, row
+    def __init__(self, trace: Trace, name: str, dtype: np.dtype[Any], ready: int = 0, per_row: bool = False) -> None:
+        self.trace, self.name, self.dtype, self.ready, self.per_row = trace, name, dtype, ready, per_row
 
     def __getattr__(self, name: str) -> Any:
         raise CannotFuse(f"a method {name} is called")
 
     def become(self, other: "Symbol") -> None:
         """From now on its elements are those of ``other``."""
-        if other.row != self.row or other.dtype != self.dtype:
+        if other.per_row != self.per_row or other.dtype != self.dtype:
             raise CannotFuse(f"{other.name} is written where {self.name} was")
         self.name, self.ready = other.name, other.ready
 
@@ -111,16 +111,16 @@ class Symbol:
         """The sum of each row, or of everything: a `Total`."""
         if axis is not None:
             return self._reduced("add", axis, keepdims)
-        self.trace.totals.append(self if self.row else self._reduced("add", 1, True))
+        self.trace.totals.append(self if self.per_row else self._reduced("add", 1, True))
         number = len(self.trace.totals) - 1
         return Total(self.trace, lambda sums, factors: sums[number])
 
     def _reduced(self, function: str, axis: int, keepdims: bool) -> "Symbol":
-        if axis != 1 or not keepdims or self.row:
+        if axis != 1 or not keepdims or self.per_row:
             raise CannotFuse("reduced in another way than along rows")
         name = self.trace.name()
         self.trace.reductions.append(Reduction(name, TYPES[self.dtype.char], function, self.name, self.ready))
-        return Symbol(self.trace, name, self.dtype, self.ready + 1, row=True)
+        return Symbol(self.trace, name, self.dtype, self.ready + 1, per_row=True)
 
 
 class Word(Symbol):
@@ -188,10 +188,10 @@ def _call(function: str, *operands: Any, out: Symbol | None = None) -> Any:
     trace, dtype = symbols[0].trace, numbers[0]
     texts = [each.name if isinstance(each, Symbol) else _literal(each, dtype) for each in operands]
     dtype = np.dtype(bool) if function.startswith("greater") else dtype
-    ready, row = max(each.ready for each in symbols), all(each.row for each in symbols)
-    result = type(symbols[0])(trace, trace.name(), dtype, ready, row)
+    ready, per_row = max(each.ready for each in symbols), all(each.per_row for each in symbols)
+    result = type(symbols[0])(trace, trace.name(), dtype, ready, per_row)
     text = f"{TYPES[dtype.char]} {result.name} = {EXPRESSIONS[function].format(*texts)};"
-    trace.lines.append(Line(text, ready, row))
+    trace.lines.append(Line(text, ready, per_row))
     if out is None:
         return result
     out.become(result)

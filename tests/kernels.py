@@ -62,9 +62,11 @@ class RawKernel:
 
     def __init__(self, code: str, name: str, options: tuple[str, ...] = ()) -> None:
         assert options == ("--fmad=false",)
+        self.code = code
+        self.compiled.append(code)
+        code = code.replace("const __grid_constant__ ", "")
         said = re.search(rf'extern "C" __global__ void {name}\((.*?)\)', code)
         assert said is not None
-        self.code, self.compiled_code = code, self.compiled.append(code)
         parameters = [part.strip() for part in said[1].split(",")]
         names = [part.split()[-1] for part in parameters]
         driver = DRIVER % {

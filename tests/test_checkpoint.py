@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npnet.checkpoint import backpropagate
+from npnet.checkpoint import NondeterministicLayer, backpropagate
 from npnet.layer import Layer
 from npnet.layers import Dense, Sequential
 from npnet.schedule import BACKWARD, DROP, FORWARD, Schedule
@@ -228,6 +228,23 @@ def test_restore_does_all_the_recomputing_and_nothing_else():
 
     assert equal(gradients(layers, every_nth(7, 3), x, restore=restore), plain(layers, x))
     assert asked == [(4, 5), (1, 2)]
+
+
+def test_the_determinism_check_sees_what_restore_gives():
+    layers, x = chain(7), batch_of(3)
+
+    def restore(a, first, last, error=0.0):
+        return [a := layer.forward(a)[0] + error for layer in layers[first - 1 : last]]
+
+    right = gradients(layers, every_nth(7, 3), x, restore=restore, determinism_check=True)
+    assert equal(right, plain(layers, x))
+    with pytest.raises(NondeterministicLayer, match="layer 3"):
+        gradients(layers, every_nth(7, 3), x, restore=lambda *given: restore(*given, 1e-9), determinism_check=True)
+
+
+def test_restore_is_refused_where_layers_need_what_they_saved():
+    with pytest.raises(ValueError, match=r"restore: layers \[2\] need what they saved"):
+        gradients(chain(4, swishes=[2]), every_nth(4, 2, [2]), batch_of(2), restore=lambda a, first, last: [])
 
 
 def test_a_schedule_of_another_depth_is_refused():

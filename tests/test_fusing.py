@@ -339,9 +339,6 @@ def test_a_wrong_expression_would_be_noticed(device: Device, monkeypatch: pytest
     assert not np.allclose(npnet.to_host(gradient), dy)
 
 
-# NVIDIA's compiler, which needs no GPU.
-
-
 @compiler
 def test_rows_that_are_not_put_together_would_be_noticed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The threads of a row, each with its part of a sum."""

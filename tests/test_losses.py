@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from npnet.losses import LOSSES, TrainingDiverged, check_finite
+from npnet.losses import LOSSES, TrainingDiverged, accuracy, check_finite
 from tests.test_layers import numeric_gradient
 
 
@@ -85,6 +85,28 @@ def test_layout_in_memory_does_not_matter(name):
 def test_float32_stays_float32(name):
     value, gradient = LOSSES[name]().value_and_gradient(*pair(name, dtype=np.float32))
     assert (value.dtype, gradient.dtype) == (np.float32, np.float32)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, bool])
+def test_targets_of_another_dtype_are_taken_as_numbers_of_the_output(name, dtype):
+    output, target = pair(name, dtype=np.float32)
+    target = np.eye(*target.shape).astype(dtype)
+    value, gradient = LOSSES[name]().value_and_gradient(output, target)
+    expected, right = LOSSES[name]().value_and_gradient(output, target.astype(np.float32))
+    assert gradient.dtype == np.float32
+    assert value == expected
+    assert np.array_equal(gradient, right)
+
+
+def test_accuracy_takes_outputs_whose_sum_is_infinite_and_refuses_those_that_are():
+    y = np.eye(3, dtype=np.float32)
+    assert accuracy(lambda x: 3e38 * x, y, y) == 1.0
+    for bad in (np.inf, -np.inf, np.nan):
+        with pytest.raises(TrainingDiverged, match="an output of the network is not finite"):
+            accuracy(lambda x, bad=bad: np.where(x > 0, bad, x), y, y)
+    with pytest.raises(ValueError, match="at least one sample"):
+        accuracy(lambda x: x, y[:0], y[:0])
 
 
 @every_loss

@@ -6,7 +6,7 @@ import pytest
 from npnet.checkpoint import backpropagate
 from npnet.layer import Parameter
 from npnet.layers import mlp
-from npnet.optimizers import SGD, Adam, Optimizer
+from npnet.optimizers import SGD, Adam, Optimizer, clip_grad_norm
 from npnet.schedules import every_nth
 
 # OpenBLAS 0.3.31 with AVX-512 now and then raises the "invalid" flag in float32 products that are right (inner size 5).
@@ -190,6 +190,31 @@ def test_a_bad_number_is_refused_by_name(optimizer, option, value, error, shown)
 def test_a_decay_of_one_is_refused(optimizer, option, value):
     with pytest.raises(ValueError, match=rf"^{option}: expected a finite number, at least 0 and below 1, got {value}"):
         optimizer(learning_rate=0.1, **{option: value})
+
+
+@every_optimizer
+def test_a_parameter_that_is_there_twice_is_refused_and_nothing_is_updated(make):
+    parameters = [Parameter(np.ones(3)), Parameter(np.ones(3))]
+    for parameter in parameters:
+        parameter.accumulate(np.ones(3))
+    for call in (make().step, make().prepare, lambda given: clip_grad_norm(given, 0.1)):
+        with pytest.raises(ValueError, match="one of them is there twice"):
+            call([*parameters, parameters[0]])
+    assert all(np.array_equal(parameter.value, np.ones(3)) for parameter in parameters)
+    assert all(np.array_equal(parameter.gradient, np.ones(3)) for parameter in parameters)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_state_of_another_layout_gets_that_of_the_weight(order):
+    weight, other = Parameter(np.asarray(draw(0, 3, 4), order="F")), "C" if order == "F" else "F"
+    optimizer = Adam(0.1)
+    state = {f"{kind}/w": np.asarray(np.abs(draw(1, 3, 4)), order=other) for kind in ("mean", "square")}
+    weight.value = np.asarray(weight.value, order=order)
+    optimizer.load_state_dict({**state, "steps/w": np.array(3)}, {"w": weight})
+    for array in optimizer.held([weight]):
+        assert array.flags[f"{order}_CONTIGUOUS"]
+    weight.accumulate(np.ones((3, 4)))
+    optimizer.step([weight])
 
 
 def test_an_optimizer_without_update_says_what_is_missing():

@@ -172,6 +172,12 @@ def test_checkpoint_sequential_gives_the_bits_of_the_model_without(segments):
     assert equal([y, dx, *taken(layers)], by_hand(Sequential(*plain), x))
 
 
+def test_an_overflow_inside_a_sigmoid_is_no_warning():
+    dense = npnet.Dense(3, 3, "sigmoid", initializer=lambda shape, _: np.full(shape, -1e4), dtype=np.float64)
+    y, tape = checkpoint_sequential([dense, npnet.Tanh(), npnet.Tanh()], 3, np.ones((2, 3)))
+    tape.backward(np.ones_like(y))
+
+
 def test_a_tape_frees_what_it_has_used_and_serves_once():
     layers, x = npnet.mlp([64] * 17, rng=0).layers, np.ones((1000, 64), np.float32)
 

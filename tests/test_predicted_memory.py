@@ -1,5 +1,6 @@
 """What a plan predicts is what is traced: its peak, action by action, and that a budget is kept."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -372,3 +373,22 @@ def test_control_a_layer_that_lies_about_an_array_is_caught(about, caught):
     plan = case.plan()
     assert about or plan.binding.action == (BACKWARD, 2)  # where the lie tells
     assert (apart(plan, case.traced(plan.schedule)) > 1) == caught
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_an_input_that_a_layer_saved_stays_though_the_schedule_drops_it(monkeypatch, counted):
+    """Layer 2 holds a_1 in what it saved: to drop it, and to run layer 1 again, saves nothing."""
+    wide, dense = 400, npnet.Linear
+    layers = [dense(10, wide, rng=0), npnet.LayerNorm(wide), dense(wide, 10, rng=0), dense(10, wide, rng=0)]
+    model = Sequential(*layers, dense(wide, wide, rng=0), dense(wide, 10, rng=0))
+    case = case_of(model, 2000, 10, np.random.default_rng(0))
+    up, down = [("forward", 1), ("forward", 2), ("drop", 1)], [("forward", 1), ("backward", 2), ("backward", 1)]
+    up += [("forward", number) for number in range(3, 7)]
+    schedule = npnet.Schedule([*up, *(("backward", n) for n in range(6, 2, -1)), *down], 6, "custom", {2})
+    if not counted:
+        chain_of = planner.chain_of
+        monkeypatch.setattr(
+            planner, "chain_of", lambda *given, **options: replace(chain_of(*given, **options), saves_input=frozenset())
+        )
+    plan, traced = case.plan(strategy=schedule), case.traced(schedule)
+    assert (abs(plan.peak_bytes - plan.chain.fixed - traced) < 0.01 * traced) == counted

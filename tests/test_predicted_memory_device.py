@@ -57,7 +57,7 @@ class Case:
     def check(self, plan: npnet.Plan) -> None:
         measured = self.measured(plan.schedule)
         assert measured <= plan.peak_bytes, (plan.row(), measured)
-        assert measured >= 0.99 * plan.peak_bytes - plan.chain.uncounted, (plan.row(), measured)
+        assert measured >= 0.99 * plan.peak_bytes - plan.chain.small, (plan.row(), measured)
 
 
 def dense(seed: int) -> Case:
@@ -98,7 +98,7 @@ def test_what_is_on_its_way_out_and_back_is_counted(features: int, n: int, most:
 
 
 @given(valid_actions(), st.integers(0, 2**16))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_the_schedule_moves_its_peak_is_the_one_predicted(given_list: Any, seed: int) -> None:
     actions, depth = given_list
     sizes = np.random.default_rng(seed).integers(1, 90, depth + 1).tolist()
@@ -179,7 +179,7 @@ def test_accumulated_gradients_are_counted_in_blocks_too() -> None:
     step = case.model, case.loss, case.optimizer, plan.schedule, batches, 300
     peak = npnet.measure_peak(lambda: accumulated_step(*step), backend="cupy").increase_bytes
     measured = peak + plan.chain.parameters + plan.chain.optimizer
-    assert 0.99 * plan.peak_bytes - plan.chain.uncounted <= measured <= plan.peak_bytes
+    assert 0.99 * plan.peak_bytes - plan.chain.small <= measured <= plan.peak_bytes
 
 
 def test_on_numpy_nothing_is_rounded() -> None:
@@ -187,7 +187,7 @@ def test_on_numpy_nothing_is_rounded() -> None:
         host, there = (npnet.mlp([9] * 9, rng=0, dtype=dtype, backend=name) for name in ("numpy", "cupy"))
         exact, blocks = npnet.plan(host, 10).chain, npnet.plan(there, 10).chain
         assert exact.parameters == sum(parameter.value.nbytes for parameter in host.parameters())
-        assert exact.uncounted == 0 < blocks.uncounted
+        assert exact.small == 0 < blocks.small
         assert not exact.overlapping
         assert blocks.overlapping
         assert set(exact.activation[1:]) == {90 * np.dtype(dtype).itemsize}

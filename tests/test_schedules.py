@@ -147,14 +147,14 @@ def test_what_a_layer_must_save_it_computes_right_before_its_segments_backward(d
         last_forward = max(i for i in range(backward) if schedule[i] == (FORWARD, layer))
         between = schedule[last_forward:backward]
         assert all(start < action.layer <= start + segment and action.kind is not DROP for action in between)
-        assert [s.saves for s in schedule.steps if s.kind is FORWARD and s.first <= layer <= s.last][-1]
+        assert [s.saves for s in schedule.runs if s.kind is FORWARD and s.first <= layer <= s.last][-1]
     boundaries = {layer for layer in needs_saved if layer % segment == 0 and layer < depth}
     assert schedule.extra_forwards == every_nth(depth, n).extra_forwards + len(boundaries)
 
 
 def spelled_out(schedule):
     """The engine's steps, action by action: (kind, layer, recompute, saves)."""
-    for step in schedule.steps:
+    for step in schedule.runs:
         for layer in range(step.first, step.last + 1):
             yield step.kind, layer, step.recompute, step.saves
             if step.passes and layer > step.first:
@@ -163,14 +163,14 @@ def spelled_out(schedule):
 
 def test_a_segment_that_leaves_a_checkpoint_is_one_step():
     schedule = every_nth(9, 4)
-    assert [(s.first, s.last, s.passes) for s in schedule.steps if s.kind is FORWARD] == [
+    assert [(s.first, s.last, s.passes) for s in schedule.runs if s.kind is FORWARD] == [
         (1, 4, True),
         (5, 8, True),
         (9, 9, False),
         (5, 7, False),
         (1, 3, False),
     ]
-    assert DROP not in [s.kind for s in schedule.steps]
+    assert DROP not in [s.kind for s in schedule.runs]
 
 
 @given(valid_actions(), st.data())
