@@ -167,6 +167,8 @@ def check_array(array: Any, backend: Backend, dtype: np.dtype[Any], name: str) -
     """
     if type(array) is backend.array_type and array.dtype == dtype:  # type: ignore[attr-defined]
         return array  # type: ignore[return-value] # the usual case: a training step asks this, too
+    if array is None:
+        raise TypeError(f"{name}: expected real numbers, got None")
     if not isinstance(array, backend.array_type):
         try:
             other = backend_of(array).name

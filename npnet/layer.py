@@ -139,7 +139,12 @@ class Layer(Savable):
 
     def __call__(self, x: Array) -> Array:
         """The output alone."""
-        return self.forward(x)[0]
+        return both(self, self.forward(x))[0]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(vars(self).get(name), Parameter) and not isinstance(value, Parameter):
+            raise TypeError(f"{self}: {name} is a Parameter; its numbers are {name}.value, assign to that")
+        super().__setattr__(name, value)
 
     def children(self) -> "dict[str, Layer]":
         """The layers inside this one, by name: its attributes that are layers."""
@@ -237,11 +242,24 @@ class Layer(Savable):
             raise KindError(f"{self}: the gradient dy must be of floating-point numbers, got dtype {dy.dtype}")
 
 
+def both(layer: Layer, result: Any) -> tuple[Array, Saved]:
+    """What the layer's ``forward`` returned.
+
+    Raises:
+        TypeError: not a pair.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{layer}: forward must return a pair (y, saved), it returned a {type(result).__name__}")
+    return result
+
+
 class InPlaceLayer(Layer):
     """A layer that writes `backward_` alone, which may overwrite ``dy``; `backward` is that on a copy."""
 
     def backward(self, dy: Array, saved: Saved) -> Array:
         if self.output_suffices:
+            if not isinstance(saved, tuple) or len(saved) != 2:
+                raise TypeError(f"{self}: saved must be what forward returned beside y, got a {type(saved).__name__}")
             self.check_gradient(dy, saved[1])
         dx = self.backward_(dy.copy(), saved)
         assert dx is not None, "needs_dx is True by default"

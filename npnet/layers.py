@@ -8,9 +8,9 @@ import numpy.typing as npt
 
 from npnet.activations import INITIALIZERS, Activation, as_activation
 from npnet.backend import Array, array_module, backend_of, get_backend, ones, to_backend
-from npnet.checks import check_array, check_float, check_room, check_sizes, shown
+from npnet.checks import check_array, check_float, check_room, check_sizes, check_whole, shown
 from npnet.initializers import Initializer, as_initializer, xavier_normal
-from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError
+from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError, both
 from npnet.random import RNG, as_generator
 
 
@@ -44,7 +44,8 @@ class Dense(InPlaceLayer):
         backend: str | None = None,
     ) -> None:
         self.activation = as_activation(activation)
-        self.in_features, self.out_features = in_features, out_features = check_sizes([in_features, out_features])
+        self.in_features = in_features = check_whole(in_features, "in_features", least=1)
+        self.out_features = out_features = check_whole(out_features, "out_features", least=1)
         dtype = check_float(dtype)
         if initializer is None:
             initializer = INITIALIZERS.get(type(self.activation), xavier_normal)
@@ -103,7 +104,9 @@ class Dense(InPlaceLayer):
 
     def _input_error(self, x: Array) -> Exception:
         """What was wrong with an ``x`` that the product refused."""
-        weight = self.weight.value
+        weight, expected = self.weight.value, (self.out_features, self.in_features)
+        if weight.shape != expected:
+            return ShapeError(f"{self}: its weight should have shape {expected}, and has {weight.shape}")
         if backend_of(x) is not backend_of(weight):
             return KindError(
                 f"{self}: the input is on backend {backend_of(x).name!r}, the weights on {backend_of(weight).name!r}; "
@@ -111,7 +114,8 @@ class Dense(InPlaceLayer):
             )
         if x.ndim != 2 or x.shape[1] != self.in_features:
             return ShapeError(f"{self}: expected rows of shape (batch, {self.in_features}), got {x.shape}")
-        return KindError(f"{self}: the input has dtype {x.dtype}, the weights {weight.dtype}; convert with x.astype")
+        kinds = f"the input has dtype {x.dtype}, the weights {weight.dtype}"
+        return KindError(f"{self}: {kinds}; convert with x.astype({weight.dtype.name!r})")
 
 
 class Linear(Dense):
@@ -171,7 +175,7 @@ class Sequential(Layer):
         saved = []
         for number, layer in enumerate(self.layers):
             try:
-                x, kept = layer.forward(x)
+                x, kept = both(layer, layer.forward(x))
             except (ShapeError, KindError) as error:
                 raise error.within(str(number)) from None
             saved.append(kept)
@@ -233,7 +237,7 @@ class Sequential(Layer):
         """The output alone: nothing is saved, two activations are alive at a time."""
         for number, layer in enumerate(self.layers):
             try:
-                x, _ = layer.forward(x)
+                x = layer(x)
             except (ShapeError, KindError) as error:
                 raise error.within(str(number)) from None
         return x

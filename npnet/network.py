@@ -310,7 +310,9 @@ class Network(Savable):
         try:
             x, y = pair
         except (TypeError, ValueError):
-            raise TypeError(f"{name}expected a pair (x, y), got {type(pair).__name__}") from None
+            raise TypeError(
+                f"{name}expected a pair (x, y), two arrays with a row for each sample, got a {type(pair).__name__}"
+            ) from None
         x, y = self._rows(x, self.sizes[0], f"{name}x"), self._rows(y, self.sizes[-1], f"{name}y", labels=True)
         check_pairs(x, y, name)
         return x, y

@@ -171,11 +171,20 @@ class Recipe:
         if x.ndim != 2 or not len(x):
             raise ValueError(f"{name}: expected x of shape (samples, features), got {x.shape}")
         check_pairs(x, y, f"{name}: ")
-        output = self.model.predict(self.feed(x[:1]))
-        check_no_nan(y, f"{name}: y")
-        self.loss.check_targets(y, output.shape[1])
+        rows = self.feed(x[:1])
+        if not hasattr(rows, "dtype"):
+            raise TypeError(
+                f"transform: expected a function that returns an array, it returned a {type(rows).__name__}"
+            )
+        try:
+            output = self.model.predict(rows)
+            check_no_nan(y, "y")
+            self.loss.check_targets(y, output.shape[1])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
         if y.dtype != output.dtype:
-            raise TypeError(f"{name}: y has dtype {y.dtype}, the network {output.dtype}; convert with y.astype")
+            fitting = f"y.astype({output.dtype.name!r})"
+            raise TypeError(f"{name}: y has dtype {y.dtype}, the network {output.dtype}; convert with {fitting}")
         check_no_nan(x, f"{name}: x")
 
     def begin(self) -> TrainingRun:

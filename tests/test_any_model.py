@@ -70,7 +70,7 @@ def test_the_wrong_kind_of_argument_is_named(changes, message):
 def test_a_training_that_was_ruined_in_its_last_step_is_not_given_an_accuracy():
     network = npnet.Network([4, 3, 2], rng=0)
     network.weights[0][...] = np.nan
-    with pytest.raises(npnet.TrainingDiverged, match="the network's output"):
+    with pytest.raises(npnet.TrainingDiverged, match="an output of the network is not finite"):
         network.evaluate((X, np.eye(2)[np.arange(12) % 2]))
 
 

@@ -9,6 +9,7 @@ from npnet.activations import ACTIVATIONS, Tanh, as_activation
 from npnet.blocks import GELU, Dropout, LayerNorm, Residual
 from npnet.checkpoint import checkpoint
 from npnet.initializers import kaiming_normal, normal, xavier_normal
+from npnet.layer import Layer
 from npnet.layers import Dense, Linear, Sequential, mlp
 from npnet.random import one_step
 
@@ -223,8 +224,8 @@ def test_a_gradient_of_another_shape_is_refused_even_where_it_would_broadcast(la
 
 
 BAD_MODELS = {
-    "no inputs": (lambda: Dense(0, 3), ValueError, r"sizes\[0\].* at least 1, got 0"),
-    "bool": (lambda: Dense(3, True), TypeError, r"sizes\[1\]: expected a whole number, at least 1, got True"),
+    "no inputs": (lambda: Dense(0, 3), ValueError, r"in_features: .* at least 1, got 0"),
+    "bool": (lambda: Dense(3, True), TypeError, r"out_features: expected a whole number, at least 1, got True"),
     "activation": (lambda: Dense(3, 2, "selu"), ValueError, r"unknown activation 'selu'; choose one of 'sigmoid', "),
     "empty": (lambda: Sequential(), ValueError, r"Sequential: expected at least one layer"),
     "a list": (lambda: Sequential([Dense(3, 2)]), TypeError, r"Sequential: expected layers, got \[Dense"),
@@ -265,3 +266,39 @@ def test_initial_weights_have_the_standard_deviation_of_the_formula(initializer,
     assert dense.weight.value.std() == pytest.approx(std, rel=0.01)  # 100,000 numbers: known to 0.2%
     assert dense.weight.value.mean() == pytest.approx(0, abs=0.015 * std)
     assert not dense.bias.value.any()
+
+
+# What is said of mistakes.
+
+
+def test_an_array_in_a_parameters_place_is_refused():
+    dense = Dense(3, 2, rng=0)
+    with pytest.raises(TypeError, match=r"Dense\(3, 2, relu\): weight is a Parameter; .*weight\.value, assign to that"):
+        dense.weight = dense.weight.value * 0.5
+    dense.weight = type(dense.weight)(dense.weight.value * 0.5)
+    dense.bias.value = dense.bias.value + 1
+
+
+def test_a_weight_of_another_shape_is_named_and_not_the_input():
+    dense = Dense(3, 2, rng=0)
+    dense.weight.value = np.zeros((5, 5), np.float32)
+    with pytest.raises(ValueError, match=r"its weight should have shape \(2, 3\), and has \(5, 5\)"):
+        dense.forward(np.ones((4, 3), np.float32))
+
+
+@pytest.mark.parametrize("saved", [None, 5, (1, 2, 3), np.ones(2)])
+def test_saved_that_forward_did_not_return_is_refused(saved):
+    for layer in (Dense(3, 2, rng=0), Tanh()):
+        with pytest.raises(TypeError, match="saved must be what forward returned beside y"):
+            layer.backward(np.ones((4, 2), np.float32), saved)
+
+
+def test_a_layer_that_forgets_what_it_saved_is_named():
+    class Doubling(Layer):
+        def forward(self, x):
+            return 2 * x
+
+    x = np.ones((2, 3), np.float32)
+    for call in (Doubling(), Sequential(Tanh(), Doubling()).predict):
+        with pytest.raises(TypeError, match=r"Doubling.*forward must return a pair .*returned a ndarray"):
+            call(x)

@@ -200,7 +200,7 @@ WIDER = {
         r"Residual\(Linear\(4, 3\)\): the inner layer must keep the shape, but makes \(\d, 3\) of \(\d, 4\)",
     ),
 }
-PATH = r"^layer 2\.1\.inner\.inner\.0, "
+PATH = r"^(training data: )?layer 2\.1\.inner\.inner\.0, "
 
 
 @every_way

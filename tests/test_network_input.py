@@ -161,7 +161,7 @@ def test_bad_data_are_named_and_change_nothing(place, x, y, message):
 @pytest.mark.parametrize("place", ACCEPT)
 def test_what_is_no_pair(place, pair):
     name = place.replace("evaluate", "test_data")
-    message = rf"^{name}: expected a pair \(x, y\), got {type(pair).__name__}"
+    message = rf"^{name}: expected a pair \(x, y\), two arrays with a row for each sample, got a {type(pair).__name__}"
     refused(make(), lambda network: ACCEPT[place](network, pair), TypeError, message)
 
 

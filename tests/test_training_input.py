@@ -56,7 +56,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"data": (X[:, 1:], Y)},
         r"Dense\(6, 8, relu\): expected rows of shape \(batch, 6\), got \(1, 5\)",
     ),
-    "features of the test data": ({"test_data": (X[:, 1:], Y)}, r"expected rows of shape \(batch, 6\), got \(1, 5\)"),
+    "features of the test data": (
+        {"test_data": (X[:, 1:], Y)},
+        r"^test data: layer 0, .*expected rows of shape \(batch, 6\), got \(1, 5\)",
+    ),
+    "class numbers of the test data": ({"test_data": (X, Y.argmax(axis=1))}, r"^test data: targets: .*one_hot"),
     "columns": ({"data": (X.T, Y)}, "training data: x and y must have a row per sample each, got 6 and 50 rows"),
     "a single sample": (
         {"data": (X[0], Y[0])},
