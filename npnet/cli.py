@@ -52,9 +52,9 @@ def resumed_settings(options: argparse.Namespace, save: Path) -> tuple[Settings,
     for name, value in given.items():
         if name in FREE or getattr(saved, name) == value or (name == "epochs" and saved.decay == "none"):
             continue
-        why = ", over which the learning rate falls to zero," if name == "epochs" else ""
+        why = ", over which the learning rate falls to zero" if name == "epochs" else ""
         raise ValueError(
-            f"--resume: {save} was saved with {name.replace('_', ' ')} {getattr(saved, name)},{why} not {value}; leave "
+            f"--resume: {save} was saved with {name.replace('_', ' ')} {getattr(saved, name)}{why}, not {value}; leave "
             "the option out, or train anew in another --out"
         )
     if "checkpoint_every" in given:
