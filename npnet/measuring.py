@@ -95,7 +95,8 @@ def step_costs(
 
     times: list[list[float]] = []  # a round, and in it a schedule
     peaks = []
-    what = {"desc": "measuring steps", "unit": "part", "disable": not log, "leave": False}
+    most = "" if seconds is None else f", {seconds:g} s at most"
+    what = {"desc": f"measuring steps{most}", "unit": "part", "disable": not log, "leave": False}
     # to the end: tracing for somebody else's measurement would slow these steps down
     with tqdm(total=len(plans) + rounds + 1, **what) as bar, measuring():
         for plan in plans:

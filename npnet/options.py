@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         strategy.add_argument(
             "--checkpoint-every", "--every", type=argument(parse_checkpoints), metavar="{N,none,sqrt,revolve,offload}",
             help="N: so many layers between checkpoints; 0 or none: keep everything; sqrt (default): the depth's root; "
-            "revolve: the fewest layers run again with so many checkpoints; offload: move activations out of memory",
+            "revolve: few checkpoints, layers run again several times; offload: activations leave memory and come back",
         )  # fmt: skip
         strategy.add_argument(
             "--memory-budget", type=argument(parse_bytes), metavar="SIZE",

@@ -82,6 +82,18 @@ def test_a_training_goes_on_with_the_settings_of_its_save(small: Path, tmp_path:
     assert "was saved with epochs 2, over which the learning rate falls to zero, not 9; leave the option out" in err
 
 
+def test_a_budget_is_each_ranks_own_and_that_of_the_save_is_kept(small: Path, tmp_path: Path) -> None:
+    first = ["train", "--quiet", "--arch", "784,30x8,10", "--batch-size", 600, "--epochs", 2, "--data", small]
+    first += ["--out", tmp_path, "--save-every", 5]
+    budgets = [(1, [*first, "--memory-budget", size]) for size in ("760 kB", "780 kB")]
+    assert npnet(*budgets)[::2] == (0, "")
+    for options, said in (([], 760_000), (["--memory-budget", "790 kB"], 790_000)):
+        code, printed, err = npnet((2, ["train", "--quiet", "--data", small, "--out", tmp_path, "--resume", *options]))
+        assert (code, err) == (0, "")
+        assert f"budget {said // 1000} kB" in printed
+        assert read_archive(tmp_path / "save.npz")[0]["about"]["settings"]["memory_budget"] == 760_000  # still that one
+
+
 def test_bad_arguments_are_refused_once(small: Path) -> None:
     code, _, err = npnet((3, ["train", "--epochs", 0]))
     assert code == 2
