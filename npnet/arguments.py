@@ -3,20 +3,18 @@
 import argparse
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npnet import schedules
 from npnet.checks import check_number, check_sizes, check_whole
-from npnet.schedule import Schedule
-from npnet.schedules import ScheduleLike
 
 EXAMPLES = {
     "train": """\
 examples:
   npnet train                               a deep network on MNIST, with checkpointing
-  npnet train --out runs/mnist              and metrics.json, metrics.csv, training.png
+  npnet train --out runs/mnist              and metrics.json, metrics.csv, training.png, model.npz:
+                                            npnet.load("runs/mnist/model.npz") gives the model
   npnet train --checkpoint-every 0          the same training without checkpointing
   npnet train --checkpoint-every 4          a checkpoint every 4 layers
   npnet train --memory-budget "8 MB"        the cheapest schedule that keeps to 8 MB
@@ -69,18 +67,17 @@ def parse_arch(text: str) -> tuple[int, ...]:
     return tuple(check_sizes(sizes))
 
 
-@dataclass(frozen=True)
-class EveryNth:
-    """A checkpoint every ``n`` layers, at any depth."""
+LESS_MEMORY = {
+    "train": "try a smaller --arch or --batch-size",
+    "plan": "try a smaller --arch or --batch-size",
+    "compare": "try --quick",
+    "device": "try a smaller --size",
+    "data": "end other programs",
+}
+"""What each command needs to take less memory."""
 
-    n: int
 
-    def __call__(self, depth: int) -> Schedule:
-        """The schedule."""
-        return schedules.every_nth(depth, self.n)
-
-
-def parse_checkpoints(text: str) -> ScheduleLike:
+def parse_checkpoints(text: str) -> int | str:
     """What --checkpoint-every takes: a number of layers, or the name of a schedule."""
     if text in schedules.MAKERS:
         return text
@@ -89,17 +86,20 @@ def parse_checkpoints(text: str) -> ScheduleLike:
     except ValueError:
         names = ", ".join(schedules.MAKERS)
         raise ValueError(f"expected a whole number of layers (0: off), or one of {names}, got {text!r}") from None
-    check_whole(n, "the number of layers")
-    return EveryNth(n)
+    return check_whole(n, "the number of layers")
 
 
 def parse_out(text: str) -> Path:
     """A folder that exists from now on and can be written: found out before the training, not after it."""
+    if not text:
+        raise ValueError("expected the name of a folder, got an empty text; . is the current one")
     folder = Path(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except FileExistsError:
+        raise ValueError(f"cannot write to the folder {text}: it is a file; name another") from None
     except OSError as error:
         raise ValueError(f"cannot write to the folder {text}: {error.strerror or error}") from None
     return folder
@@ -108,6 +108,8 @@ def parse_out(text: str) -> Path:
 def parse_file(text: str) -> Path:
     """A file that can be written: its folder exists from now on."""
     path = Path(text)
+    if not text:
+        raise ValueError("expected a file to write, got an empty text")
     if path.is_dir():
         raise ValueError(f"expected a file to write, {text} is a folder")
     parse_out(str(path.parent))

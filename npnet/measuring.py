@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import statistics
 import time
 import tracemalloc
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from npnet.backend import Array, backend_of
-from npnet.checks import check_kind, check_whole
+from npnet.checks import check_flag, check_kind, check_number, check_whole
 from npnet.layer import Layer, Parameter, Saved, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss
@@ -26,7 +27,7 @@ class StepCost:
 
     ``ratio`` is the median of the ratios, round by round, to the first schedule measured: it holds when the machine is
     busy. ``peak_bytes`` counts all that npnet allocates for training (parameters, optimizer state, gradients,
-    activations), not the caller's data.
+    activations), not the caller's data. ``rounds`` is how many times are behind each median.
     """
 
     schedule: str
@@ -34,6 +35,7 @@ class StepCost:
     ratio: float
     peak_bytes: int
     extra_forwards: int
+    rounds: int
 
 
 def step_costs(
@@ -44,21 +46,34 @@ def step_costs(
     x: Array,
     y: Array,
     rounds: int = 60,
+    *,
+    seconds: float | None = None,
+    log: bool = False,
 ) -> list[StepCost]:
     """Measure training steps on copies of the model: median times, untraced, of ``rounds`` rounds in which every
     schedule takes one step, and the traced peak of building the copy and taking two steps.
 
     Times mean little while other threads work, or while tracemalloc traces for you: that is not stopped.
 
+    Args:
+        seconds: begin no round that would end later than so many after the call, as long as the one before took; the
+            first is taken in any case.
+        log: show a progress bar.
+
     Raises:
         RuntimeError: another measurement is running.
     """
+    from tqdm.auto import tqdm
+
+    start = time.perf_counter()
     check_kind(model, Sequential, "model", "mlp([784, 30, 10])")
     check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
     check_kind(schedules, Iterable, "schedules", "[npnet.schedules.none(3)]")  # type: ignore[type-abstract]
     plans = [check_kind(each, Schedule, "schedules", "npnet.schedules.none(3)") for each in schedules]
     backend = backend_of(x).name
     rounds = check_whole(rounds, "rounds", least=1)
+    end = math.inf if seconds is None else start + check_number(seconds, "seconds")
+    log = check_flag(log, "log")
 
     def own_copy() -> tuple[Sequential, Optimizer]:
         layouts = {
@@ -73,26 +88,36 @@ def step_costs(
         for _ in range(2):  # the optimizer allocates its state in the first
             train_step(own_model, loss, own_optimizer, plan, x, y)
 
-    times: list[list[float]] = [[] for _ in plans]
-    with measuring():  # to the end: tracing for somebody else's measurement would slow these steps down
-        peaks = [peak_of(functools.partial(two_steps, plan), backend).increase_bytes for plan in plans]
-        copies = [own_copy() for _ in plans]
-        for round_number in range(rounds + 1):
-            turns = list(zip(copies, plans, times, strict=True))
-            for (own_model, own_optimizer), plan, seconds in turns if round_number % 2 else reversed(turns):
-                start = time.perf_counter()
-                train_step(own_model, loss, own_optimizer, plan, x, y)
-                if round_number:  # the first is warming up
-                    seconds.append(time.perf_counter() - start)
+    def timed(plan: Schedule, own_model: Sequential, own_optimizer: Optimizer) -> float:
+        start = time.perf_counter()
+        train_step(own_model, loss, own_optimizer, plan, x, y)
+        return time.perf_counter() - start
+
+    times: list[list[float]] = []  # a round, and in it a schedule
+    peaks = []
+    most = "" if seconds is None else f", {seconds:g} s at most"
+    what = {"desc": f"measuring steps{most}", "unit": "part", "disable": not log, "leave": False}
+    # to the end: tracing for somebody else's measurement would slow these steps down
+    with tqdm(total=len(plans) + rounds + 1, **what) as bar, measuring():
+        for plan in plans:
+            peaks.append(peak_of(functools.partial(two_steps, plan), backend).increase_bytes)
+            bar.update()
+        turns = [(plan, *own_copy()) for plan in plans]
+        while len(times) <= rounds and (not times or time.perf_counter() + sum(times[-1]) <= end):
+            order = 1 if len(times) % 2 else -1
+            times.append([timed(*turn) for turn in turns[::order]][::order])
+            bar.update()
+    times = times[1:] or times  # the first is warming up, if there is time for another
     return [
         StepCost(
             plan.name,
-            statistics.median(own),
-            statistics.median(mine / base for mine, base in zip(own, times[0], strict=True)),
+            statistics.median(each[place] for each in times),
+            statistics.median(each[place] / each[0] for each in times),
             peak,
             plan.extra_forwards,
+            len(times),
         )
-        for plan, own, peak in zip(plans, times, peaks, strict=True)
+        for place, (plan, peak) in enumerate(zip(plans, peaks, strict=True))
     ]
 
 

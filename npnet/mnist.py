@@ -1,7 +1,8 @@
 """The MNIST training script: what ``npnet train`` runs, from data to report."""
 
+import json
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 
 import npnet
-from npnet.archive import SaveError, read_archive
 from npnet.backend import Backend, to_backend
 from npnet.datasets import one_hot, read_mnist, scaled
 from npnet.drawing import figure, plot_costs, plot_history, save_figure
@@ -25,84 +25,40 @@ from npnet.ranks import Ranks
 from npnet.report import Table, describe_sizes, write_json
 from npnet.run import History
 from npnet.saver import Saver
-from npnet.schedules import ScheduleLike
+from npnet.settings import Settings
 from npnet.training import fit
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train. ``exercise`` means: the classic exercise's first weights, samples in order, whole batches only."""
-
-    arch: tuple[int, ...]
-    activation: str
-    loss: str
-    optimizer: str
-    learning_rate: float
-    decay: str
-    batch_size: int
-    epochs: int
-    dtype: str
-    exercise: bool = False
-    seed: int = 0
-    samples: int | None = None  # the first so many only
-
-    @classmethod
-    def of_save(cls, path: Path) -> "Settings":
-        """The settings that a training was saved with.
-
-        Raises:
-            SaveError: the file cannot be read, or has none.
-        """
-        said = read_archive(path)[0].get("about")
-        try:
-            settings = cls(**said["settings"])  # type: ignore[index]
-            return replace(settings, arch=tuple(settings.arch))
-        except (TypeError, KeyError):
-            raise SaveError(f"{path}: not saved by npnet train") from None
-
-    def __str__(self) -> str:
-        return (
-            f"{describe_sizes(self.arch)} {self.activation}, {self.loss}, {self.optimizer} {self.learning_rate:g}, "
-            f"batch {self.batch_size}, {self.dtype}"
-        )
-
-
-MODERN = Settings(
-    (784, *[128] * 20, 10), "relu", "softmax_cross_entropy", "adam", 1e-3, "linear", 512, 12, "float32"
-)  # fmt: skip
-CLASSIC = Settings(
-    (784, 30, 30, 30, 30, 10), "sigmoid", "quadratic", "sgd", 3.0, "none", 100, 5, "float64", exercise=True
-)  # fmt: skip
+MEASURING = 20.0
+"""Seconds that measuring steps may take, besides one round of them."""
 
 
 def train(
     settings: Settings,
-    checkpoints: ScheduleLike,
     backend: Backend,
     *,
-    memory_budget: float | str | None = None,
-    capture: bool = False,
     data: str | None = None,
     out: Path | None = None,
     saver: Saver | None = None,
+    done: int = 0,
     ranks: Ranks | None = None,
     log: bool = True,
 ) -> None:
-    """Train on MNIST, print a report, and write it to ``out``: metrics.json, metrics.csv, training.png.
+    """Train on MNIST, print a report, and write it to ``out``: metrics.json, metrics.csv, training.png, model.npz.
+
+    Steps are measured before: with the schedule of the settings, and with plain backpropagation beside it.
 
     Args:
-        checkpoints: the schedule to train with; plain backpropagation is measured beside it.
-        memory_budget: instead of it, bytes or "20 MB": the cheapest schedule for this budget is planned.
-        capture: replay recorded steps (see `npnet.CapturedStep`).
         data: MNIST's file or folder, if it is not to be searched.
         out: an existing folder, or None.
         saver: saves the training, and goes on with it (see `npnet.Saver`).
+        done: epochs that are done in the save to go on with, if there is one.
         ranks: the processes that share each batch. Rank 0 alone measures steps, on its own share, and writes.
         log: show progress bars.
 
     Raises:
         InfeasibleBudget: no schedule keeps to the budget.
-        TrainingDiverged, KeyboardInterrupt, SystemExit: after what was measured so far is printed and written.
+        TrainingDiverged, KeyboardInterrupt, SystemExit: after what was measured so far is printed and written (and the
+            model, where it is sound).
     """
     ranks = ranks or Ranks()
     if ranks.size > 1:
@@ -112,32 +68,28 @@ def train(
     with ranks.together():
         model = build(settings, backend)
         loss, optimizer = LOSSES[settings.loss](), OPTIMIZERS[settings.optimizer](settings.learning_rate)
-        strategy = checkpoints if memory_budget is None else "optimal"
-        plans = [
-            plan(
-                model,
-                settings.batch_size,
-                strategy=how,
-                memory_budget=budget,
-                loss=loss,
-                optimizer=optimizer,
-                ranks=ranks.size,
-            )
-            for how, budget in (("none", None), (strategy, memory_budget))
-        ]
+        terms: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "ranks": ranks.size}
+        plans = [plan(model, settings.batch_size, **how, **terms) for how in ({"strategy": "none"}, settings.strategy)]
         print("loading MNIST", flush=True)
         training_data, test_data = _load(settings, backend, data)
 
     shared = f" on {ranks.size} ranks" if ranks.size > 1 else ""
     title = f"{settings}{shared}, checkpoints: {plans[-1].schedule.name}"
     print(title, flush=True)
-    if memory_budget is not None:
+    if settings.remark:
+        print(settings.remark, flush=True)
+    if settings.memory_budget is not None:
         print(f"\n{plans[-1].describe()}\n", flush=True)
     transform = partial(scaled, dtype=settings.dtype)
     x, y = (part[: plans[0].batch_size] for part in training_data)
     # what is measured is a step by itself, without the buffers in which gradients are summed
     predicted = {each.schedule: each.peak_bytes - each.chain.communication for each in plans}
-    costs = [] if ranks.rank else step_costs(model, loss, optimizer, predicted, transform(x), y)
+    costs: list[StepCost] = []
+    if done >= settings.epochs:
+        more = "" if settings.decay == "linear" else "; more --epochs train on"
+        print(f"nothing is left to do: {done} of {settings.epochs} epochs are done{more}", flush=True)
+    elif settings.measure and not ranks.rank:
+        costs = step_costs(model, loss, optimizer, predicted, transform(x), y, seconds=MEASURING, log=log)
     ranks.wait_for_all()
 
     history, outcome = History(), ""
@@ -149,8 +101,9 @@ def train(
             optimizer=optimizer,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
-            **({"schedule": plans[-1].schedule} if memory_budget is None else {"memory_budget": memory_budget}),
-            capture=capture,
+            schedule=plans[-1].schedule if settings.memory_budget is None else "none",
+            memory_budget=settings.memory_budget,
+            capture=settings.capture,
             test_data=test_data,
             transform=transform,
             rng=settings.seed,
@@ -174,7 +127,7 @@ def train(
         raise
     finally:
         if outcome and not ranks.rank:  # else nothing was trained, and what is in ``out`` stays
-            _report(settings, title, history, costs, list(predicted.values()), outcome, out, saver, ranks.size)
+            _report(settings, title, model, history, costs, list(predicted.values()), outcome, out, saver, ranks.size)
 
 
 def build(settings: Settings, backend: Backend) -> Sequential:
@@ -191,7 +144,10 @@ def build(settings: Settings, backend: Backend) -> Sequential:
 def _load(settings: Settings, backend: Backend, data: str | None) -> tuple[Pair, Pair]:
     """Images stay bytes, 55 MB: they are scaled batch by batch."""
     arrays = read_mnist(data)
-    count = min(settings.samples or len(arrays["x_train"]), len(arrays["x_train"]))
+    available = len(arrays["x_train"])
+    count = settings.samples or available
+    if count > available:
+        raise ValueError(f"samples: {count} is more than the {available} training samples; leave it out to take all")
     if settings.batch_size > count:
         raise ValueError(f"batch size {settings.batch_size} is more than the {count} training samples")
     if settings.exercise:
@@ -208,6 +164,7 @@ def _load(settings: Settings, backend: Backend, data: str | None) -> tuple[Pair,
 def _report(
     settings: Settings,
     title: str,
+    model: Sequential,
     history: History,
     costs: list[StepCost],
     predicted: list[int],
@@ -216,33 +173,73 @@ def _report(
     saver: Saver | None,
     ranks: int,
 ) -> None:
-    share = f" on rank 0's share of a batch, one of {ranks}" if ranks > 1 else ""
-    table = Table("costs", f"A training step{share}, measured before the training", compare_costs(costs, predicted))
     if history.accuracy is not None:
         print(f"\ntest accuracy {100 * history.accuracy:.2f} %, {history.seconds:.1f} s in training steps ({outcome})")
-    print(f"\n{table}")
+    rows = compare_costs(costs, predicted) if costs else []
+    if costs:
+        share = f" on rank 0's share of a batch, one of {ranks}" if ranks > 1 else ""
+        taken = f"rounds: {costs[0].rounds}"
+        print(f"\n{Table('costs', f'A training step{share}, measured before the training, {taken}', rows)}")
     if saver is not None:
         print(f"\n{saver.last}")
+    kept = _keep(model, history, outcome, out)
     if out is None:
         return
-    content = {
-        "outcome": outcome,
-        "test_accuracy": history.accuracy,
-        "seconds": history.seconds,
-        "ranks": ranks,
-        "costs": table.rows,
-        "epochs": history.rows(),
-        "settings": asdict(settings),
-        "versions": {"npnet": npnet.__version__, "numpy": np.__version__, "python": platform.python_version()},
-    }
-    write_json(out / "metrics.json", content)
-    if history.epochs:
-        Table("metrics", title, history.rows()).write(out)
-        drawing, axes = figure(3)
-        plot_history(history, axes[0])
-        plot_costs(costs, axes[1:])
-        save_figure(drawing, out / "training.png")
+    if costs or not _reported(history, out):
+        content = {
+            "outcome": outcome,
+            "test_accuracy": history.accuracy,
+            "seconds": history.seconds,
+            "ranks": ranks,
+            "model": kept,
+            "costs": rows,
+            "rounds": costs[0].rounds if costs else 0,
+            "epochs": history.rows(),
+            "settings": asdict(settings),
+            "versions": {"npnet": npnet.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        }
+        write_json(out / "metrics.json", content)
+        _draw(title, history, costs, out)
     print(f"\nresults in {out}")
+
+
+def _keep(model: Sequential, history: History, outcome: str, out: Path | None) -> str | None:
+    """Write the model, as it is now, to ``out``; the name of the file, or None where there is none."""
+    if not history.epochs or outcome not in ("finished", "interrupted"):
+        return None
+    if out is None:
+        if outcome == "interrupted":
+            print("\nthe weights are lost; --out DIR keeps them, and with --save-every 100 a training can be resumed")
+        return None
+    path = out / "model.npz"
+    try:
+        model.save(path)
+    except ValueError as error:  # the last step has made a NaN
+        print(f"\nthe model is lost: {error}")
+        return None
+    print(f"\nthe model is in {path}: npnet.load({str(path)!r})")
+    return path.name
+
+
+def _reported(history: History, out: Path) -> bool:
+    """Whether ``out`` has the report of this training, which was finished before: with costs, which were measured."""
+    try:
+        said = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        return bool(said["outcome"] == "finished" and said["epochs"] == history.rows())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _draw(title: str, history: History, costs: list[StepCost], out: Path) -> None:
+    """metrics.csv and training.png, if there is anything to see."""
+    if not history.epochs:
+        return
+    Table("metrics", title, history.rows()).write(out)
+    drawing, axes = figure(3 if costs else 1)
+    plot_history(history, axes[0])
+    if costs:
+        plot_costs(costs, axes[1:])
+    save_figure(drawing, out / "training.png")
 
 
 def compare_costs(costs: list[StepCost], predicted: list[int]) -> list[dict[str, Any]]:

@@ -13,31 +13,30 @@ from npnet.drawing import figure, plot_timelines, plot_tradeoff, save_figure
 from npnet.layers import Sequential
 from npnet.losses import LOSSES, Loss
 from npnet.measuring import StepCost, measure_timeline, step_costs
-from npnet.mnist import Settings, build, compare_costs
+from npnet.mnist import MEASURING, build, compare_costs
 from npnet.optimizers import OPTIMIZERS, Optimizer
 from npnet.planner import plan, tradeoff
 from npnet.plans import MOST_LAYERS, Plan
 from npnet.report import Table, write_json
-from npnet.schedules import ScheduleLike
+from npnet.settings import Settings
 from npnet.step import train_step
 
 
 def plan_report(
     settings: Settings,
-    checkpoints: ScheduleLike,
-    memory_budget: int | None,
     *,
     measure: bool = False,
     json: Path | None = None,
     picture: Path | None = None,
+    log: bool = True,
 ) -> None:
     """Plan one training step of ``settings`` and print the plan, with the usual strategies beside it.
 
     Args:
-        checkpoints: the schedule to describe, where there is no budget.
-        memory_budget: bytes: describe the cheapest schedule that keeps to it.
+        settings: with the schedule to describe, or the budget to plan for.
         measure: run steps on random data, and set what they take beside what was predicted.
         json, picture: files to write, or None.
+        log: show a progress bar while steps are measured.
 
     Raises:
         InfeasibleBudget: after the table is printed.
@@ -59,16 +58,18 @@ def plan_report(
         plans["optimal, smallest peak"] = curve.optimal[0]
     table = Table("plan", f"A training step of {settings}", [_row(name, each, plans) for name, each in plans.items()])
     print(table)
-    how = checkpoints if memory_budget is None else "optimal"
-    chosen = plan(model, settings.batch_size, strategy=how, memory_budget=memory_budget, **options)
+    chosen = plan(model, settings.batch_size, **settings.strategy, **options)
     print(f"\n{chosen.describe()}")
+    if settings.remark:
+        print(f"\n{settings.remark}")
     content, lines, points = _content(settings, chosen, table), None, None
     if measure:
         shown = [plans["plain"], chosen]
         more = curve.optimal[:: max(1, len(curve.optimal) // 5)] if curve is not None else []
-        costs, lines = _measured(model, loss, optimizer, settings, [*shown, *more], len(shown))
+        costs, lines = _measured(model, loss, optimizer, settings, [*shown, *more], len(shown), log)
         points = [(cost.peak_bytes, cost.ratio - 1) for cost in costs]
-        compared = Table("measured", "Measured", compare_costs(costs[:2], [each.peak_bytes for each in shown]))
+        rows = compare_costs(costs[:2], [each.peak_bytes for each in shown])
+        compared = Table("measured", f"Measured, rounds: {costs[0].rounds}", rows)
         content["measured"] = compared.rows
         print(f"\n{compared}")
     if json is not None:
@@ -84,13 +85,20 @@ def plan_report(
 
 
 def _measured(
-    model: Sequential, loss: Loss, optimizer: Optimizer, settings: Settings, plans: Sequence[Plan], timelines: int
+    model: Sequential,
+    loss: Loss,
+    optimizer: Optimizer,
+    settings: Settings,
+    plans: Sequence[Plan],
+    timelines: int,
+    log: bool,
 ) -> tuple[list[StepCost], list[list[int]]]:
     """The costs of a step of each plan, and the timelines of the first few, on random data."""
     rng = np.random.default_rng(settings.seed)
     x = rng.random((settings.batch_size, settings.arch[0])).astype(settings.dtype)
     y = one_hot(rng.integers(0, settings.arch[-1], settings.batch_size), settings.arch[-1], settings.dtype)
-    costs = step_costs(model, loss, optimizer, [each.schedule for each in plans], x, y, rounds=20)
+    schedules = [each.schedule for each in plans]
+    costs = step_costs(model, loss, optimizer, schedules, x, y, rounds=20, seconds=MEASURING, log=log)
     optimizer.learning_rate = 0.0
     train_step(model, loss, optimizer, plans[0].schedule, x, y)  # the optimizer allocates its state
     lines = [measure_timeline(model, loss, optimizer, each.schedule, x, y) for each in plans[:timelines]]

@@ -74,7 +74,11 @@ class Saver:
         except RecursionError:  # lists in lists in lists
             raise SaveError(f"{self.path}: damaged, its description cannot be read") from None
         if unlike:
-            raise ValueError(f"{self.path} is the save of another training: {unlike}")
+            epochs = "the number of epochs over which the learning rate falls (decay)"
+            unlike = unlike.replace("epochs, while the learning rate falls", epochs)  # what saves call it
+            raise ValueError(
+                f"{self.path} is the save of another training: {unlike}; go on as it was begun, or save to another file"
+            )
         try:
             run.load(said, arrays)
         except MemoryError:

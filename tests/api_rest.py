@@ -50,7 +50,16 @@ def limited(size: Any, backend: Any) -> None:
 call("limit_memory", limited, ValueError, size="1 MB", backend="numpy")
 call("measure_rss_peak", lambda function: npnet.measure_rss_peak(uncallable(function)), function=dict)
 call("measure_timeline", lambda **o: npnet.measure_timeline(**o) and None, **MEASURED, schedule=EVERY, **BATCH)
-call("step_costs", lambda **o: npnet.step_costs(**o) and None, **MEASURED, schedules=[EVERY], **BATCH, rounds=1)
+call(
+    "step_costs",
+    lambda **o: npnet.step_costs(**o) and None,
+    **MEASURED,
+    schedules=[EVERY],
+    **BATCH,
+    rounds=1,
+    seconds=9.0,
+    log=False,
+)
 
 
 # Data.

@@ -13,7 +13,7 @@ import pytest
 import npnet
 from npnet import cli, datasets
 from npnet.arguments import parse_arch
-from npnet.cli import build_parser
+from npnet.options import build_parser
 from tests.scenarios import fresh_registry as fresh_registry
 from tests.small_mnist import first_digits, random_digits, write
 
@@ -135,7 +135,13 @@ BAD: dict[str, tuple[str, str]] = {
     "unknown backend": ("train --backend tpu", "unknown backend 'tpu'; choose one of 'numpy', 'cupy'"),
     "no CuPy": ("train --backend cupy", "backend 'cupy': the package is missing"),
     "out below a file": ("train --out {file}/below", "--out: cannot write to the folder {file}/below: Not a directory"),
-    "out is a file": ("compare --out {file}", "--out: cannot write to the folder {file}: "),
+    "out is a file": ("compare --out {file}", "--out: cannot write to the folder {file}: it is a file; name another"),
+    "out without a name": ("train --out ''", "--out: expected the name of a folder, got an empty text"),
+    "file without a name": ("plan --json ''", "--json: expected a file to write, got an empty text"),
+    "many samples": ("train --data {small} --samples 201", "samples: 201 is more than the 200 training samples; leave"),
+    "misspelt": ("train --checkpoint-evry 2", "--checkpoint-evry 2; did you mean --checkpoint-every?"),
+    "abbreviated": ("plan --memory=8MB", "unrecognized arguments: --memory=8MB; did you mean --memory-budget?"),
+    "save without a folder": ("train --resume", "--save-every and --resume need --out DIR, where the save is"),
 }  # fmt: skip
 
 
@@ -154,6 +160,31 @@ def test_bad_arguments_are_refused_with_what_was_wrong(
     assert "error: " in err.splitlines()[-1]
     assert "Traceback" not in err
     assert "accuracy" not in out
+
+
+def test_the_usage_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert npnet_command("train", "--checkpoint-evry", "2") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("usage: npnet train [")
+    assert "npnet train: error: unrecognized arguments: --checkpoint-evry 2" in err
+    assert npnet_command("--versoin") == 2
+    assert capsys.readouterr().err.startswith("usage: npnet [")
+
+
+@pytest.mark.parametrize(("command", "advice"), [("device", "--size"), ("plan", "--arch"), ("train", "--batch-size")])
+def test_out_of_memory_the_advice_is_an_option_of_the_command(
+    command: str, advice: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(_: Any) -> int:
+        raise MemoryError("4 TB")
+
+    monkeypatch.setitem(cli.RUN, command, exhausted)
+    assert npnet_command(command) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"npnet {command}: out of memory (4 TB); try a smaller --")
+    assert advice in err
+    assert npnet_command(command, "--help") == 0
+    assert set(re.findall(r"--[\w-]+", err)) <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
 
 
 @pytest.mark.parametrize("name", ["tpu", "cupy"])

@@ -74,10 +74,42 @@ def test_what_was_measured_until_then_is_written(
     else:
         assert err == f"npnet train: {metrics['outcome'].removeprefix('diverged: ')}\n"
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"metrics.json", *(["metrics.csv", "training.png"] if steps else [])}
+    model = "model.npz" if steps and code == 130 else None  # of a training that diverged there is none
+    assert metrics["model"] == model
+    assert written - {model} == {"metrics.json", *(["metrics.csv", "training.png"] if steps else [])}
+    assert ("model.npz" in written) == (model is not None)
     if steps:
         with (tmp_path / "metrics.csv").open(newline="") as file:
             assert [int(row["steps"]) for row in csv.DictReader(file)] == steps
+
+
+def test_without_a_folder_an_interrupted_training_says_that_it_is_lost(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mnist, "fit", Breaks(4, interrupt))
+    train(small, expected=130)
+    assert "the weights are lost; --out DIR keeps them, and with --save-every 100 " in capsys.readouterr().out
+    monkeypatch.setattr(mnist, "fit", fit)
+    train(small)
+    assert "lost" not in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_not_written(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C after the step that made them, and before the loss that would show them."""
+
+    def poisoned(model: Any, *arguments: Any, **options: Any) -> Any:
+        def poison() -> None:
+            model.parameters()[0].value[0, 0] = np.nan
+            raise KeyboardInterrupt
+
+        return Breaks(4, poison)(model, *arguments, **options)
+
+    monkeypatch.setattr(mnist, "fit", poisoned)
+    assert train(small, out=tmp_path, expected=130)["model"] is None
+    assert "the model is lost: not saved: 0.weight holds infinities or NaN" in capsys.readouterr().out
+    assert not (tmp_path / "model.npz").exists()
 
 
 @pytest.mark.parametrize(
@@ -135,4 +167,4 @@ def test_ctrl_c_in_a_process_writes_what_was_measured(small: Path, tmp_path: Pat
     assert len(metrics["epochs"]) >= 2
     assert f"test accuracy {100 * metrics['test_accuracy']:.2f} %" in out
     assert "(interrupted)" in out
-    assert {"metrics.csv", "training.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"metrics.csv", "training.png", "model.npz"} <= {path.name for path in tmp_path.iterdir()}

@@ -13,7 +13,8 @@ import pytest
 
 import npnet
 from npnet import cli, mnist
-from npnet.schedules import as_schedule
+from npnet.options import build_parser
+from npnet.settings import CLASSIC, MODERN
 from tests.small_mnist import first_digits, write
 
 SAMPLES, TEST_SAMPLES = 650, 200
@@ -103,6 +104,13 @@ def test_options_reach_the_training(small: Path, tmp_path: Path, capsys: pytest.
         "exercise": False,
         "seed": 7,
         "samples": 300,
+        "backend": "numpy",
+        "checkpoint_every": 0,
+        "memory_budget": None,
+        "capture": False,
+        "measure": True,
+        "save_every": None,
+        "stop_on_save_error": False,
     }
     assert [epoch["steps"] for epoch in metrics["epochs"]] == [3, 3]
     assert len(metrics["costs"]) == 1  # plain is what there is to compare with plain
@@ -171,8 +179,9 @@ def test_classic_takes_whole_batches_only_in_order(small: Path, tmp_path: Path) 
 
 
 def test_the_defaults_are_deep_modern_and_checkpointed() -> None:
-    options = cli.build_parser().parse_args(["train"])
-    assert as_schedule(options.checkpoint_every, 21).name == "every 5"
-    assert len(mnist.MODERN.arch) == 22
-    assert (mnist.MODERN.activation, mnist.MODERN.optimizer, mnist.MODERN.dtype) == ("relu", "adam", "float32")
-    assert (mnist.CLASSIC.activation, mnist.CLASSIC.loss, mnist.CLASSIC.learning_rate) == ("sigmoid", "quadratic", 3.0)
+    settings = cli.settings_of(build_parser().parse_args(["train"]))
+    assert settings == MODERN
+    assert npnet.plan(npnet.mlp(settings.arch), 1, **settings.strategy).schedule.name == "every 5"
+    assert len(MODERN.arch) == 22
+    assert (MODERN.activation, MODERN.optimizer, MODERN.dtype) == ("relu", "adam", "float32")
+    assert (CLASSIC.activation, CLASSIC.loss, CLASSIC.learning_rate) == ("sigmoid", "quadratic", 3.0)

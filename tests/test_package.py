@@ -85,7 +85,7 @@ ORDER = [
         "animation",
         "plots",
     ),
-    *("compare", "mnist", "plan_report", "arguments", "cli", "diagnosis", "labs"),
+    *("compare", "settings", "mnist", "plan_report", "arguments", "options", "cli", "diagnosis", "labs"),
 ]
 """A file imports only from files before it in this list."""
 

@@ -63,6 +63,7 @@ def test_rank_0_alone_speaks_and_writes_and_the_numbers_are_those_of_one_process
         assert sorted(path.name for path in out.iterdir()) == [
             "metrics.csv",
             "metrics.json",
+            "model.npz",
             "save.npz",
             "training.png",
         ]
@@ -75,9 +76,22 @@ def test_a_training_goes_on_with_the_settings_of_its_save(small: Path, tmp_path:
     code, printed, err = npnet((3, ["train", "--quiet", "--data", small, "--out", tmp_path, "--resume"]))
     assert (code, err) == (0, "")
     assert "784,16x6,10 relu, softmax_cross_entropy, adam 0.001, batch 100, float64 on 3 ranks" in printed
+    assert "float64 on 3 ranks, checkpoints: every 3\nnothing is left to do: 2 of 2 epochs are done\n" in printed
     code, _, err = npnet((3, ["train", "--quiet", "--data", small, "--out", tmp_path, "--resume", "--epochs", 9]))
     assert code == 2
-    assert err.endswith("epochs, while the learning rate falls is 2 there, 9 here\n")
+    assert "was saved with epochs 2, over which the learning rate falls to zero, not 9; leave the option out" in err
+
+
+def test_a_budget_is_each_ranks_own_and_that_of_the_save_is_kept(small: Path, tmp_path: Path) -> None:
+    first = ["train", "--quiet", "--arch", "784,30x8,10", "--batch-size", 600, "--epochs", 2, "--data", small]
+    first += ["--out", tmp_path, "--save-every", 5]
+    budgets = [(1, [*first, "--memory-budget", size]) for size in ("760 kB", "780 kB")]
+    assert npnet(*budgets)[::2] == (0, "")
+    for options, said in (([], 760_000), (["--memory-budget", "790 kB"], 790_000)):
+        code, printed, err = npnet((2, ["train", "--quiet", "--data", small, "--out", tmp_path, "--resume", *options]))
+        assert (code, err) == (0, "")
+        assert f"budget {said // 1000} kB" in printed
+        assert read_archive(tmp_path / "save.npz")[0]["about"]["settings"]["memory_budget"] == 760_000  # still that one
 
 
 def test_bad_arguments_are_refused_once(small: Path) -> None:
@@ -138,6 +152,7 @@ def test_without_the_process_that_stays_behind_all_end_too(small: Path, tmp_path
 def test_what_works_in_one_process_only_is_refused_at_once() -> None:
     code, printed, err = npnet((2, ["train", "--capture"]))
     assert (code, printed) == (2, "")
-    assert (
-        err == "npnet train: error: --capture works in one process only: leave it out, or start npnet without mpiexec\n"
+    assert err == (
+        "npnet train: error: --capture works in one process only: leave it out (--no-capture, where the save has it), "
+        "or start npnet without mpiexec\n"
     )

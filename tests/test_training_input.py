@@ -7,7 +7,7 @@ import pytest
 
 import npnet
 from npnet import schedules
-from npnet.measuring import step_costs
+from npnet.measuring import StepCost, step_costs
 from tests.guard import install_guard
 from tests.test_training import Stops, interrupt, model, problem, run, same, weights
 
@@ -163,6 +163,25 @@ def test_step_costs_of_a_deep_network() -> None:
     assert same(weights(deep), before)  # measured on copies
     assert not optimizer._state
     assert all(parameter.gradient is None for parameter in deep.parameters())
+
+
+def step_costs_within(seconds: float | None, log: bool = False) -> list[StepCost]:
+    model, plans = npnet.mlp([6, 9, 4], rng=0), [schedules.none(2), schedules.sqrt(2)]
+    return step_costs(model, npnet.Quadratic(), npnet.SGD(0.1), plans, *problem(16), rounds=9, seconds=seconds, log=log)
+
+
+def test_measuring_ends_when_its_time_is_over() -> None:
+    for seconds, rounds in ((0, 1), (None, 9), (60, 9)):
+        costs = step_costs_within(seconds)
+        assert [cost.rounds for cost in costs] == [rounds, rounds]
+        assert costs[0].ratio == 1
+        assert all(cost.seconds > 0 for cost in costs)
+
+
+def test_measuring_shows_its_progress(capfd: pytest.CaptureFixture[str]) -> None:
+    for log in (False, True):
+        step_costs_within(None, log)
+        assert ("measuring steps" in capfd.readouterr().err) == log
 
 
 def test_peak_of_a_step_counts_parameters_optimizer_and_activations() -> None:

@@ -1,0 +1,79 @@
+"""What ``npnet train`` is told, and what a save keeps of it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from npnet.archive import SaveError, read_archive
+from npnet.report import describe_sizes
+
+FREE = ("backend", "checkpoint_every", "memory_budget", "capture", "measure", "save_every", "stop_on_save_error")
+"""The settings that change no number (but the backend, by rounding): other ones may be given to a resumed training."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. ``exercise`` means: the classic exercise's first weights, samples in order, whole batches only."""
+
+    arch: tuple[int, ...]
+    activation: str
+    loss: str
+    optimizer: str
+    learning_rate: float
+    decay: str
+    batch_size: int
+    epochs: int
+    dtype: str
+    exercise: bool = False
+    seed: int = 0
+    samples: int | None = None  # the first so many only
+    backend: str | None = None  # the one that is chosen elsewhere
+    checkpoint_every: int | str = "sqrt"  # layers, or the name of a schedule
+    memory_budget: int | None = None  # bytes; if given, it counts, and not checkpoint_every
+    capture: bool = False
+    measure: bool = True  # steps, before the training
+    save_every: int | None = None  # steps
+    stop_on_save_error: bool = False
+
+    @classmethod
+    def of_save(cls, path: Path) -> "tuple[Settings, int]":
+        """The settings that a training was saved with, and how many epochs of it are done.
+
+        Raises:
+            SaveError: the file cannot be read, or has none.
+        """
+        said = read_archive(path)[0]
+        try:
+            settings = cls(**said["about"]["settings"])  # without what an older npnet did not know
+            return replace(settings, arch=tuple(settings.arch)), len(said["run"]["history"])
+        except (TypeError, KeyError):
+            raise SaveError(f"{path}: not saved by npnet train") from None
+
+    @property
+    def strategy(self) -> dict[str, Any]:
+        """What says `npnet.plan` which schedule to choose."""
+        if self.memory_budget is not None:
+            return {"strategy": "optimal", "memory_budget": self.memory_budget}
+        return {"strategy" if isinstance(self.checkpoint_every, str) else "every_nth": self.checkpoint_every}
+
+    @property
+    def remark(self) -> str:
+        """What there is to say of the schedule, or nothing."""
+        n, depth = self.strategy.get("every_nth", 0), len(self.arch) - 1
+        if n <= 1 or n < depth:
+            return ""
+        return f"a checkpoint every {n} layers: the network has {depth}, so there is none, and everything is kept"
+
+    def __str__(self) -> str:
+        return (
+            f"{describe_sizes(self.arch)} {self.activation}, {self.loss}, {self.optimizer} {self.learning_rate:g}, "
+            f"batch {self.batch_size}, {self.dtype}"
+        )
+
+
+MODERN = Settings(
+    (784, *[128] * 20, 10), "relu", "softmax_cross_entropy", "adam", 1e-3, "linear", 512, 12, "float32"
+)  # fmt: skip
+CLASSIC = Settings(
+    (784, 30, 30, 30, 30, 10), "sigmoid", "quadratic", "sgd", 3.0, "none", 100, 5, "float64", exercise=True
+)  # fmt: skip
