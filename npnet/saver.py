@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from npnet.archive import SaveError, check_name, read_archive, write_archive
-from npnet.checks import check_whole
+from npnet.checks import check_flag, check_whole
 from npnet.losses import TrainingDiverged
 from npnet.run import TrainingRun
 from npnet.savable import as_json, difference
@@ -32,7 +32,8 @@ class Saver:
 
     Raises:
         TypeError, ValueError: ``every`` is not a whole number >= 1, or the name of the file ends otherwise.
-        FileExistsError: (when the training begins) there is a save, and not ``resume``.
+        FileExistsError: (when the training begins) there is a file, and not ``resume``.
+        FileNotFoundError: (when the training begins) there is no such folder.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class Saver:
         about: Mapping[str, Any] | None = None,
     ) -> None:
         check_name(path)
-        self.path, self.every, self.resume = Path(path), check_whole(every, "every", least=1), resume
-        self.stop_on_error, self.about = stop_on_error, dict(about or {})
+        self.path, self.every = Path(path), check_whole(every, "every", least=1)
+        self.resume, self.stop_on_error = check_flag(resume, "resume"), check_flag(stop_on_error, "stop_on_error")
+        self.about = dict(about or {})
         self.last = "nothing was saved yet"
         self._taken = 0  # steps since the last save
 
@@ -58,12 +60,14 @@ class Saver:
             ValueError: the save is that of another training; the message names what differs.
         """
         run.model.description()  # refuses what cannot be saved now, and not at the first save
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"{self.path}: there is no folder {self.path.parent}; make it, or save elsewhere")
         if not self.path.exists():
             return
         if not self.resume:
             raise FileExistsError(
-                f"{self.path} is the save of a training: go on with it (resume=True, --resume), remove it, or save to "
-                "another file"
+                f"{self.path} is there already: if it is the save of a training, go on with it (resume=True, --resume), "
+                "or else save to another file"
             )
         description, arrays = read_archive(self.path)
         said = description.get("run")

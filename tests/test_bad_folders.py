@@ -1,6 +1,7 @@
 """Folders that vanish or may not be written, files that may not grow, and what killed processes left."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ import pytest
 
 import npnet
 from npnet import Saver, files
+from npnet.run import TrainingRun
 from tests.small_training import TRAININGS, small_model
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
@@ -22,10 +24,20 @@ def test_a_folder_that_vanishes_and_one_that_is_there_again(tmp_path: Path) -> N
     training, folder = TRAININGS["adam"], tmp_path / "runs"
     whole = training.run().state()
     path = folder / "save.npz"
+    with pytest.raises(FileNotFoundError, match=r"save\.npz: there is no folder .*runs; make it"):
+        training.run(saver=Saver(path, 5))
+
+    class Vanishing(Saver):
+        def step_done(self, run: TrainingRun, ending: bool = False) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            super().step_done(run, ending)
+
+    folder.mkdir()
     with pytest.warns(RuntimeWarning, match=r"cannot write .*save\.npz: No such file.*nothing was saved yet"):
-        assert training.run(saver=Saver(path, 5)).state() == whole
+        assert training.run(saver=Vanishing(path, 5)).state() == whole
+    folder.mkdir()
     with pytest.raises(FileNotFoundError, match=r"cannot write .*save\.npz: No such file"):
-        training.run(saver=Saver(path, 5, stop_on_error=True))
+        training.run(saver=Vanishing(path, 5, stop_on_error=True))
     folder.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -31,7 +31,7 @@ def unchanged_by(training: Training, saver: Saver, **options: Any) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(npnet, "fit", observed)
-        with pytest.raises((ValueError, FileExistsError)) as error:
+        with pytest.raises((ValueError, FileExistsError, FileNotFoundError)) as error:
             training.run(5, saver=saver, **options)
     [(before, after)] = results
     assert before == after
@@ -137,7 +137,10 @@ def test_what_is_no_save_of_a_training_is_refused(tmp_path: Path) -> None:
     small_model().save(model)
     assert "a model without a training" in unchanged_by(PLAIN, Saver(model, resume=True))
     PLAIN.broken(save, 8)
-    assert "is the save of a training: go on with it" in unchanged_by(PLAIN, Saver(save))
+    assert "if it is the save of a training, go on with it" in unchanged_by(PLAIN, Saver(save))
+    assert "there is no folder" in unchanged_by(PLAIN, Saver(tmp_path / "nowhere" / "save.npz"))
+    with pytest.raises(TypeError, match="resume: expected True or False, got 'yes'"):
+        Saver(save, resume="yes")  # type: ignore[arg-type]
     np.savez(tmp_path / "other.npz", a=np.ones(3))
     assert "not saved by npnet" in unchanged_by(PLAIN, Saver(tmp_path / "other.npz", resume=True))
     save.write_bytes(save.read_bytes()[:-100])
