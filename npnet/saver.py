@@ -66,8 +66,8 @@ class Saver:
             return
         if not self.resume:
             raise FileExistsError(
-                f"{self.path} is there already: if it is the save of a training, go on with it (resume=True, --resume), "
-                "or else save to another file"
+                f"{self.path} is there already: if it is the save of a training, go on with it (resume=True); "
+                "else save to another file"
             )
         description, arrays = read_archive(self.path)
         said = description.get("run")
