@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from npnet.checks import check_number
-from npnet.drawing import BLUE, MAKE_PLAN, axes_or_new, bytes_alive_axis, draw_budget
+from npnet.drawing import BLUE, axes_or_new
 from npnet.files import write_text
 from npnet.memory import format_bytes
+from npnet.plan_drawing import MAKE_PLAN, bytes_alive_axis, draw_budget
 from npnet.plans import Plan
 from npnet.plot_checks import check_type
 from npnet.schedule import BACKWARD, DROP, DURING, FETCH, FORWARD, HOLDING, OFFLOAD, Action, Schedule

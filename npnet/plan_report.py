@@ -9,12 +9,13 @@ import numpy as np
 
 from npnet.backend import get_backend
 from npnet.datasets import one_hot
-from npnet.drawing import figure, plot_timelines, plot_tradeoff, save_figure
+from npnet.drawing import figure, save_figure
 from npnet.layers import Sequential
 from npnet.losses import LOSSES, Loss
 from npnet.measuring import StepCost, measure_timeline, step_costs
 from npnet.mnist import Settings, build, compare_costs
 from npnet.optimizers import OPTIMIZERS, Optimizer
+from npnet.plan_drawing import plot_timelines, plot_tradeoff
 from npnet.planner import plan, tradeoff
 from npnet.plans import MOST_LAYERS, Plan
 from npnet.report import Table, write_json

@@ -82,6 +82,7 @@ ORDER = [
         "device",
         "plot_checks",
         "drawing",
+        "plan_drawing",
         "animation",
         "plots",
     ),

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import npnet
-from npnet import animation, drawing, schedules
+from npnet import animation, plan_drawing, schedules
 from npnet.animation import STATES, animate_schedule, plot_schedule, save_animation
-from npnet.drawing import BYTES, plot_timeline, plot_timelines, plot_tradeoff
 from npnet.memory import format_bytes
+from npnet.plan_drawing import BYTES, plot_timeline, plot_timelines, plot_tradeoff
 
 WORDS = {"F": "computed", "R": "recomputed", "o": "held", "B": "used, then freed"}  # of Schedule.diagram
 
@@ -108,7 +108,7 @@ def test_the_y_axis_shows_what_changes() -> None:
 
 
 def test_of_many_actions_the_worst_of_every_few_is_drawn(planned, monkeypatch) -> None:
-    monkeypatch.setattr(drawing, "MOST_STEPS", 10)
+    monkeypatch.setattr(plan_drawing, "MOST_STEPS", 10)
     measured = [1e6 * (i == 21) for i in range(32)]
     ax = plot_timeline(planned, measured, Figure().add_subplot())
     values = line(ax, "workspace").get_data().values
