@@ -21,6 +21,7 @@ BYTES |= {"checkpoints": BLUE, "segment": "#93c8f2", "workspace": "#f2c14e"}
 """What bytes are for (`npnet.pricing.Moment`), and its colour; told apart with every kind of colour blindness."""
 
 MOST_STEPS = 2500  # of a curve: more would be finer than pixels, and slow
+MEASURED_TIME = "measured time: the median\nof the rounds' ratios"
 MAKE_PLAN = "as npnet.plan(network, batch_size) gives it"
 
 
@@ -161,28 +162,30 @@ def plot_tradeoff(
 ) -> "Axes":
     """Peak bytes against recomputation: the optimal schedules as a curve, the usual strategies as points.
 
-    The curve says what a budget costs: between two points, as much as at the left one. What costs more than twice the
-    most of the curve is out of sight. A few of the points that no other of their strategy beats are named.
+    The curve says what a budget costs: between two points, as much as at the left one. In view are sqrt, the points of
+    every nth that no other of them beats, the cheapest revolve, and the curve but for a steep beginning. A few of the
+    points that no other of their strategy beats are named. The legend stands to the right of ``ax``.
 
     Args:
         tradeoff: from `npnet.tradeoff`.
-        measured: pairs (peak bytes, overhead), the overhead as in `Plan.overhead`: 0.25 for a quarter of a plain step.
+        measured: pairs (peak bytes, overhead), the overhead that of a step's time: 0.25 for a quarter more than a plain
+            step's, such as ``cost.ratio - 1`` of `npnet.step_costs`. Flops are not time: crosses may be off the curve.
 
     Raises:
         TypeError, ValueError: not a `Tradeoff`, or ``measured`` is not pairs of finite numbers.
     """
     pairs = finite_numbers([] if measured is None else measured, (-1, 2), "pairs such as (900_000, 0.25)") * (1, 100)
-    ax = axes_or_new(ax, (7, 4.6))
+    ax = axes_or_new(ax, (8, 4.4))
     check_type(tradeoff, Tradeoff, "tradeoff", "as npnet.tradeoff(network, batch_size) gives it")
     peaks, costs = _points(tradeoff.optimal).T
     points = {name: _points(plans) for name, plans in tradeoff.others.items()}
     every = np.concatenate([*points.values(), pairs, _points(tradeoff.optimal)])  # shape (points, 2)
-    gentle = costs[peaks > 0.9 * peaks[0] + 0.1 * peaks[-1]]  # the steep beginning may go out of the picture
-    top = min(2 * costs.max(), 3 * gentle.max(initial=0)) or 2 * costs.max() or 1.1 * every[:, 1].max() or 1.0
+    top = 1.25 * _most_in_view(tradeoff)
+    bottom = min(-0.03 * top, 1.25 * pairs[:, 1].min(initial=0))  # a step may be measured faster than a plain one
     span = max(every[:, 0].max() - peaks[0], 0.1 * peaks[0])
     left, right = peaks[0] - 0.12 * span, every[:, 0].max() + 0.05 * span
     ax.axvspan(left, peaks[0], color="#e9e9e9", zorder=0)
-    ax.text((left + peaks[0]) / 2, top / 2, "no schedule fits", rotation=90, ha="center", va="center", color="#555555")
+    ax.text((left + peaks[0]) / 2, 0, "no schedule fits", rotation=90, ha="center", va="bottom", color="#555555")
     for name, xy in points.items():
         plans, style = tradeoff.others[name], STRATEGIES.get(name, {"marker": "D", "markersize": 5})
         label = f"{name} ({plans[0].schedule.name})" if len(plans) == 1 else name
@@ -192,14 +195,34 @@ def plot_tradeoff(
     style = {"drawstyle": "steps-post", "markersize": 3.5, "markevery": shown, "linewidth": 1.8, "zorder": 3}
     ax.plot([*peaks, right], [*costs, costs[-1]], "o-", color=BLUE, label="optimal", **style)
     if len(pairs):
-        ax.plot(*pairs.T, "x", color="black", label="measured", markersize=8, markeredgewidth=1.8, zorder=5)
+        ax.plot(*pairs.T, "x", color="black", label=MEASURED_TIME, markersize=8, markeredgewidth=1.8, zorder=5)
     plan = tradeoff.optimal[0]
     ax.set_title(f"what memory costs in time\n{plan.chain.depth} layers, batch size {plan.batch_size}", fontsize=11)
     bytes_axis(ax.xaxis, right, "peak bytes of a training step")
-    ax.set(ylabel="recomputation in % of a plain step's flops", xlim=(left, right), ylim=(-0.03 * top, top))
+    ax.set_ylabel(f"extra flops{' (x: time)' if len(pairs) else ''} in % of a plain step")
+    ax.set(xlim=(left, right), ylim=(bottom, top))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(framealpha=0.9, edgecolor="none")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     return ax
+
+
+def _most_in_view(tradeoff: Tradeoff) -> float:
+    """The most recomputation, in %, that has to be in view; 1 if there is none."""
+    peaks, costs = _points(tradeoff.optimal).T
+    seen = [*costs[peaks > 0.9 * peaks[0] + 0.1 * peaks[-1]]]  # the steep beginning may go out of the picture
+    for name, plans in tradeoff.others.items():
+        best = [plan for plan in _best(plans) if plan.overhead]
+        seen += [100 * plan.overhead for plan in (best[-1:] if name == "revolve" else best)]
+    return float(max(seen, default=0) or costs.max() or 1)
+
+
+def _best(plans: Sequence[Plan]) -> list[Plan]:
+    """Those that no other one beats in bytes and recomputation, from the smallest peak to the least recomputation."""
+    best: list[Plan] = []
+    for plan in sorted(plans, key=lambda plan: (plan.peak_bytes, plan.overhead)):
+        if not best or plan.overhead < best[-1].overhead:
+            best.append(plan)
+    return best
 
 
 def _points(plans: Sequence[Plan]) -> npt.NDArray[np.float64]:
@@ -209,11 +232,14 @@ def _points(plans: Sequence[Plan]) -> npt.NDArray[np.float64]:
 
 def _name(ax: "Axes", plans: Sequence[Plan], apart: float, top: float) -> None:
     """Name four at most of the ``plans``, some bytes apart: below ``top`` %, and such that no other one is better."""
-    best: list[Plan] = []
-    for plan in sorted(plans, key=lambda plan: (plan.peak_bytes, plan.overhead)):
-        if 0 < plan.overhead < min([top / 100, *(other.overhead for other in best)]):
-            best.append(plan)
+    from matplotlib.patheffects import withStroke
+
+    best = [plan for plan in _best(plans) if 0 < plan.overhead < top / 100]
     style: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 8, "color": "#333333", "parse_math": False}
+    style |= {
+        "zorder": 6,
+        "path_effects": [withStroke(linewidth=2.5, foreground="white")],
+    }  # legible on whatever is there
     last = -apart
     for plan in best if len(best) <= 4 else [best[i * len(best) // 5] for i in range(1, 5)]:
         if plan.peak_bytes - last > apart:

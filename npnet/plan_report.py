@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from npnet.backend import get_backend
 from npnet.datasets import one_hot
@@ -77,6 +78,7 @@ def plan_report(
         print(f"\nplan in {json}")
     if picture is not None:
         drawing, axes = figure(2 if curve is None else 3)
+        drawing.set_figwidth(drawing.get_figwidth() + 1.6)  # for the legends
         plot_timelines([plans["plain"], chosen], lines, axes=axes[:2])
         if curve is not None:
             plot_tradeoff(curve, points, ax=axes[2])
@@ -86,15 +88,19 @@ def plan_report(
 
 def _measured(
     model: Sequential, loss: Loss, optimizer: Optimizer, settings: Settings, plans: Sequence[Plan], timelines: int
-) -> tuple[list[StepCost], list[list[int]]]:
-    """The costs of a step of each plan, and the timelines of the first few, on random data."""
+) -> tuple[list[StepCost], list[npt.NDArray[np.int64]]]:
+    """The costs of a step of each plan, and the timelines of the first few, with the same peaks, on random data."""
     rng = np.random.default_rng(settings.seed)
     x = rng.random((settings.batch_size, settings.arch[0])).astype(settings.dtype)
     y = one_hot(rng.integers(0, settings.arch[-1], settings.batch_size), settings.arch[-1], settings.dtype)
     costs = step_costs(model, loss, optimizer, [each.schedule for each in plans], x, y, rounds=20)
     optimizer.learning_rate = 0.0
     train_step(model, loss, optimizer, plans[0].schedule, x, y)  # the optimizer allocates its state
-    lines = [measure_timeline(model, loss, optimizer, each.schedule, x, y) for each in plans[:timelines]]
+    lines = []
+    for each, cost in zip(plans[:timelines], costs, strict=False):
+        line = np.array(measure_timeline(model, loss, optimizer, each.schedule, x, y))
+        # what was there before the step is not in it, Python's own objects among that: the cost has them
+        lines.append(line + cost.peak_bytes - each.chain.fixed - line.max())
     return costs, lines
 
 
