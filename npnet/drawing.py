@@ -62,7 +62,7 @@ def plot_bars(
     """A bar for each name, the first in grey: the others are compared with it. ``labels`` stand on the bars.
 
     Raises:
-        TypeError, ValueError: ``values`` are not finite numbers by name, or ``labels`` not one text for each.
+        TypeError, ValueError: ``values`` are not finite numbers by name, or none, or ``labels`` not one text for each.
     """
     named(values, "values")
     heights = finite_numbers(list(values.values()), (len(values),), "finite numbers by name", "values")
@@ -78,21 +78,20 @@ def plot_bars(
 
 
 def plot_accuracies(accuracies: Mapping[str, Sequence[float]], ax: "Axes | None" = None) -> "Axes":
-    """Accuracy by epoch for several runs. Equal curves lie on each other: each is thinner than the one before.
+    """Accuracy by epoch, counted from 0, for several runs; of curves that lie on each other, the later are thinner.
 
     Raises:
-        TypeError, ValueError: ``accuracies`` are not lists of finite numbers by name.
+        TypeError, ValueError: ``accuracies`` are not lists of finite numbers by name, at least one.
     """
     for values in named(accuracies, "accuracies").values():
         finite_numbers(values, (-1,), "lists of finite numbers by name", "accuracies")
     ax = axes_or_new(ax)
     for i, (name, values) in enumerate(accuracies.items()):
-        epochs, scores, size = range(1, len(values) + 1), [100 * value for value in values], len(accuracies) - i
+        epochs, scores, size = range(len(values)), [100 * value for value in values], len(accuracies) - i
         ax.plot(epochs, scores, "o-", label=name, linewidth=2.5 * size, markersize=4 + 4 * size, alpha=0.6)
     ax.set(title="accuracy, with and without checkpointing", xlabel="epoch", ylabel="test accuracy in %")
     _whole_ticks(ax)
-    if accuracies:
-        ax.legend()
+    ax.legend()
     return ax
 
 
@@ -112,7 +111,7 @@ def plot_costs(costs: Sequence[StepCost], axes: "Sequence[Axes]") -> None:
         {cost.schedule: cost.seconds * 1e3 for cost in costs},
         axes[0],
         title="time of a training step",
-        ylabel="ms",
+        ylabel="ms (x: median of the rounds' ratios)",
         labels=[f"{cost.seconds * 1e3:.3g} ms\nx {cost.ratio:.2f}" for cost in costs],
     )
     plot_bars(
