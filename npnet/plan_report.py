@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from npnet.backend import get_backend
 from npnet.datasets import one_hot
@@ -88,7 +87,7 @@ def plan_report(
 
 def _measured(
     model: Sequential, loss: Loss, optimizer: Optimizer, settings: Settings, plans: Sequence[Plan], timelines: int
-) -> tuple[list[StepCost], list[npt.NDArray[np.int64]]]:
+) -> tuple[list[StepCost], list[list[int]]]:
     """The costs of a step of each plan, and the timelines of the first few, with the same peaks, on random data."""
     rng = np.random.default_rng(settings.seed)
     x = rng.random((settings.batch_size, settings.arch[0])).astype(settings.dtype)
@@ -98,9 +97,10 @@ def _measured(
     train_step(model, loss, optimizer, plans[0].schedule, x, y)  # the optimizer allocates its state
     lines = []
     for each, cost in zip(plans[:timelines], costs, strict=False):
-        line = np.array(measure_timeline(model, loss, optimizer, each.schedule, x, y))
+        line = measure_timeline(model, loss, optimizer, each.schedule, x, y)
         # what was there before the step is not in it, Python's own objects among that: the cost has them
-        lines.append(line + cost.peak_bytes - each.chain.fixed - line.max())
+        before = cost.peak_bytes - each.chain.fixed - max(line)
+        lines.append([number + before for number in line])
     return costs, lines
 
 

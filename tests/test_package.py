@@ -70,6 +70,7 @@ ORDER = [
     ),
     *(
         "datasets",
+        "batching",
         "feeding",
         "run",
         "saver",
