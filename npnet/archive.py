@@ -133,10 +133,11 @@ def _write_npz(file: IO[bytes], text: str, arrays: Mapping[str, Array]) -> None:
 
 
 def _read_save(path: Path) -> _Read:
-    if _DESCRIPTION not in npz_headers(path):  # before its size is judged: other programs' files may be compressed
-        raise SaveError(
-            f"{path}: not saved by npnet; arrays alone go into a model with model.load_state_dict(numpy.load(path))"
-        )
+    with _members(path) as (_, members):  # before its size is judged: other programs' files may be compressed
+        if _DESCRIPTION not in members:
+            raise SaveError(
+                f"{path}: not saved by npnet; arrays alone go into a model with model.load_state_dict(numpy.load(path))"
+            )
     arrays = dict(read_npz(path, path.stat().st_size))
     return arrays.pop(_DESCRIPTION).tobytes(), arrays
 
