@@ -66,7 +66,7 @@ def plan_report(
     content, lines, points = _content(settings, chosen, table), None, None
     if measure:
         shown = [plans["plain"], chosen]
-        more = curve.optimal[:: max(1, len(curve.optimal) // 5)] if curve is not None else []
+        more = curve.optimal[: -1 : max(1, len(curve.optimal) // 5)] if curve is not None else []  # the last is plain
         costs, lines = _measured(model, loss, optimizer, settings, [*shown, *more], len(shown))
         points = [(cost.peak_bytes, cost.ratio - 1) for cost in costs]
         compared = Table("measured", "Measured", compare_costs(costs[:2], [each.peak_bytes for each in shown]))

@@ -14,7 +14,7 @@ Row: TypeAlias = dict[str, Any]
 """Column -> value."""
 
 
-TIMES = "ms a step: median over rounds; ratio of times: median of the rounds' ratios, which a busy machine changes less"
+TIMES = "Ratios of times are medians of the rounds' ratios, not quotients of the medians: steadier on a busy machine."
 """Stands under tables with times, since the two may contradict each other."""
 
 
