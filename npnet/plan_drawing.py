@@ -21,7 +21,6 @@ BYTES |= {"checkpoints": BLUE, "segment": "#93c8f2", "workspace": "#f2c14e"}
 """What bytes are for (`npnet.pricing.Moment`), and its colour; told apart with every kind of colour blindness."""
 
 MOST_STEPS = 2500  # of a curve: more would be finer than pixels, and slow
-MEASURED_TIME = "measured time: the median\nof the rounds' ratios"
 MAKE_PLAN = "as npnet.plan(network, batch_size) gives it"
 
 
@@ -168,8 +167,8 @@ def plot_tradeoff(
 
     Args:
         tradeoff: from `npnet.tradeoff`.
-        measured: pairs (peak bytes, overhead), the overhead that of a step's time: 0.25 for a quarter more than a plain
-            step's, such as ``cost.ratio - 1`` of `npnet.step_costs`. Flops are not time: crosses may be off the curve.
+        measured: pairs (peak bytes, overhead), the overhead as in `Plan.overhead`: 0.25 for a quarter of a plain step.
+            Time is not flops: if it is that of time, say so, as `npnet.plan_report` does.
 
     Raises:
         TypeError, ValueError: not a `Tradeoff`, or ``measured`` is not pairs of finite numbers.
@@ -195,12 +194,11 @@ def plot_tradeoff(
     style = {"drawstyle": "steps-post", "markersize": 3.5, "markevery": shown, "linewidth": 1.8, "zorder": 3}
     ax.plot([*peaks, right], [*costs, costs[-1]], "o-", color=BLUE, label="optimal", **style)
     if len(pairs):
-        ax.plot(*pairs.T, "x", color="black", label=MEASURED_TIME, markersize=8, markeredgewidth=1.8, zorder=5)
+        ax.plot(*pairs.T, "x", color="black", label="measured", markersize=8, markeredgewidth=1.8, zorder=5)
     plan = tradeoff.optimal[0]
     ax.set_title(f"what memory costs in time\n{plan.chain.depth} layers, batch size {plan.batch_size}", fontsize=11)
     bytes_axis(ax.xaxis, right, "peak bytes of a training step")
-    ax.set_ylabel(f"extra flops{' (x: time)' if len(pairs) else ''} in % of a plain step")
-    ax.set(xlim=(left, right), ylim=(bottom, top))
+    ax.set(ylabel="recomputation in % of a plain step's flops", xlim=(left, right), ylim=(bottom, top))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     return ax

@@ -140,12 +140,11 @@ def test_tradeoff() -> None:
     assert optimal.get_markevery() == list(range(len(curve.optimal)))
     for name, label in (("every nth", "every nth"), ("revolve", "revolve"), ("sqrt", "sqrt (every 4)")):
         assert line(ax, label).get_xydata().tolist() == points[name]
-    assert line(ax, plan_drawing.MEASURED_TIME).get_xydata().tolist() == [[500_000, 10]]
+    assert line(ax, "measured").get_xydata().tolist() == [[500_000, 10]]
     assert len({artist.get_marker() for artist in ax.lines}) == len(ax.lines) == 5
     (left, _), (right, _) = ax.transData.inverted().transform(ax.patches[0].get_window_extent())  # what is infeasible
     assert (left, right) == pytest.approx((ax.get_xlim()[0], curve.optimal[0].peak_bytes))
-    assert ax.get_ylabel() == "extra flops (x: time) in % of a plain step"
-    assert plot_tradeoff(curve).get_ylabel() == "extra flops in % of a plain step"
+    assert ax.get_ylabel() == "recomputation in % of a plain step's flops"
     assert ax.get_xlabel() == "peak bytes of a training step (kB)"
     assert {"no schedule fits", "every 2", "slots 15"} <= {text.get_text() for text in ax.texts}
     assert len(ax.texts) <= 9  # not all are named
@@ -162,7 +161,7 @@ def in_view(ax: Axes, label: str) -> list[bool]:
 def test_what_the_tradeoff_compares_is_in_view(hidden: int) -> None:
     curve = npnet.tradeoff(npnet.Network([784, *[30] * hidden, 10], rng=0), 100)
     ax = plot_tradeoff(curve, [(curve.optimal[-1].peak_bytes, -0.08)])  # a step measured faster than a plain one
-    assert all(in_view(ax, plan_drawing.MEASURED_TIME))
+    assert all(in_view(ax, "measured"))
     sqrt = curve.others["sqrt"][0]
     assert all(in_view(ax, f"sqrt ({sqrt.schedule.name})"))
     for name, key in (("every nth", lambda p: (p.peak_bytes, p.overhead)), ("revolve", lambda p: p.overhead)):
@@ -176,14 +175,20 @@ def test_what_the_tradeoff_compares_is_in_view(hidden: int) -> None:
     assert ax.get_ylim()[1] < 200 * most  # and not lost in an empty picture
 
 
-def test_the_measured_line_in_the_picture_has_the_peak_of_the_table(monkeypatch, tmp_path: Path) -> None:
-    lines, tables = [], []
-    monkeypatch.setattr(plan_report, "plot_timelines", lambda plans, measured, **_: lines.extend(measured))
-    monkeypatch.setattr(plan_report, "compare_costs", lambda costs, _: tables.extend(costs) or [{"ms a step": 1.0}])
-    settings = replace(mnist.MODERN, arch=(784, 30, 30, 30, 10), batch_size=64)
+def test_plans_picture_says_what_its_table_says_and_what_its_crosses_are(monkeypatch, tmp_path: Path) -> None:
+    figures, measured = [], []
+    monkeypatch.setattr(plan_report, "save_figure", lambda figure, path: figures.append(figure))
+    real = plan_report.compare_costs
+    monkeypatch.setattr(plan_report, "compare_costs", lambda costs, said: measured.extend(costs) or real(costs, said))
+    settings = replace(mnist.MODERN, arch=(784, 30, 30, 30, 30, 10), batch_size=64)
     plan_report.plan_report(settings, "sqrt", None, measure=True, picture=tmp_path / "plan.png")
-    fixed = [npnet.plan(mnist.build(settings, npnet.get_backend()), 64, optimizer=npnet.Adam()).chain.fixed] * 2
-    assert [max(line) + own for line, own in zip(lines, fixed, strict=True)] == [cost.peak_bytes for cost in tables]
+    *timelines, tradeoff = figures[0].axes
+    for ax, cost in zip(timelines, measured, strict=True):
+        assert line(ax, "measured").get_data().values.max() == cost.peak_bytes
+        assert ax.texts[1].get_text().endswith(f"measured {format_bytes(cost.peak_bytes)}")
+    assert line(tradeoff, "measured").get_xdata()[0] == measured[0].peak_bytes
+    assert tradeoff.get_ylabel() == "extra flops (x: time) in % of a plain step"
+    assert labels(tradeoff)[-1] == "measured time: the median\nof the rounds' ratios"
 
 
 def diagram_colors(schedule: npnet.Schedule) -> np.ndarray:
