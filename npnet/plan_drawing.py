@@ -189,7 +189,6 @@ def plot_tradeoff(
         plans, style = tradeoff.others[name], STRATEGIES.get(name, {"marker": "D", "markersize": 5})
         label = f"{name} ({plans[0].schedule.name})" if len(plans) == 1 else name
         ax.plot(*xy.T, linestyle="", label=label, markeredgecolor="white", markeredgewidth=0.5, **style)
-        _name(ax, plans if len(plans) > 1 else [], 0.06 * span, top)
     shown = [*range(len(peaks))]  # not the end of the line, at the right
     style = {"drawstyle": "steps-post", "markersize": 3.5, "markevery": shown, "linewidth": 1.8, "zorder": 3}
     ax.plot([*peaks, right], [*costs, costs[-1]], "o-", color=BLUE, label="optimal", **style)
@@ -199,6 +198,8 @@ def plot_tradeoff(
     ax.set_title(f"what memory costs in time\n{plan.chain.depth} layers, batch size {plan.batch_size}", fontsize=11)
     bytes_axis(ax.xaxis, right, "peak bytes of a training step")
     ax.set(ylabel="recomputation in % of a plain step's flops", xlim=(left, right), ylim=(bottom, top))
+    for plans in tradeoff.others.values():
+        _name(ax, plans if len(plans) > 1 else [], np.column_stack([peaks, costs]))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     return ax
@@ -228,18 +229,25 @@ def _points(plans: Sequence[Plan]) -> npt.NDArray[np.float64]:
     return np.array([(plan.peak_bytes, 100 * plan.overhead) for plan in plans], dtype=np.float64).reshape(-1, 2)
 
 
-def _name(ax: "Axes", plans: Sequence[Plan], apart: float, top: float) -> None:
-    """Name four at most of the ``plans``, some bytes apart: below ``top`` %, and such that no other one is better."""
+def _name(ax: "Axes", plans: Sequence[Plan], curve: npt.NDArray[np.float64]) -> None:
+    """Name four at most of the ``plans`` in view, such that no other one is better, where there is room for a name.
+
+    That is to the left below its point, where no other point of the strategy is, if the ``curve`` is not there either;
+    else to the right below.
+    """
     from matplotlib.patheffects import withStroke
 
-    best = [plan for plan in _best(plans) if 0 < plan.overhead < top / 100]
-    style: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 8, "color": "#333333", "parse_math": False}
-    style |= {
-        "zorder": 6,
-        "path_effects": [withStroke(linewidth=2.5, foreground="white")],
-    }  # legible on whatever is there
-    last = -apart
+    inches = np.array([ax.bbox.width, ax.bbox.height]) / ax.figure.dpi
+    wide, high = np.diff([ax.get_xlim(), ax.get_ylim()]).T[0] / inches * (0.065, 0.2)  # of a letter, in bytes and %
+    best = [plan for plan in _best(plans) if 0 < 100 * plan.overhead < ax.get_ylim()[1]]
+    style: dict[str, Any] = {"va": "top", "fontsize": 8, "color": "#333333", "parse_math": False, "zorder": 6}
+    style["path_effects"] = [withStroke(linewidth=2, foreground="white")]
+    last = 0.0
     for plan in best if len(best) <= 4 else [best[i * len(best) // 5] for i in range(1, 5)]:
-        if plan.peak_bytes - last > apart:
-            name, (last, cost) = plan.schedule.name.replace("revolve", "slots"), _points([plan])[0]
-            ax.annotate(name, (last, cost), (-1, -2), textcoords="offset points", **style)  # where no other one is
+        name, (peak, cost) = plan.schedule.name.replace("revolve", "slots"), _points([plan])[0]
+        for side, offset, begin in (("right", (-1, -2), peak - wide * len(name)), ("left", (3, -1), peak)):
+            most = curve[max(np.searchsorted(curve[:, 0], begin, "right") - 1, 0), 1]  # of the curve, under the name
+            if most < cost - high and peak - wide * len(name) > last:
+                ax.annotate(name, (peak, cost), offset, textcoords="offset points", ha=side, **style)
+                last = peak if side == "right" else peak + wide * len(name)
+                break
