@@ -24,6 +24,7 @@ def batches(
     ``start`` leaves out so many samples, of those that would come first; ``part`` (rank, size) gives of each batch the
     rows that fall to one of several processes (see `npnet.ranks.share_of`).
 
+    >>> import numpy as np
     >>> [len(x) for x, y in batches(np.zeros((5, 3)), np.zeros((5, 1)), 2)]
     [2, 2, 1]
     """
