@@ -29,7 +29,8 @@ from npnet.curvature import (
     largest_eigenvalue,
     second_order_step,
 )
-from npnet.datasets import DataError, batches, load_diabetes, load_mnist, make_linear, one_hot
+from npnet.batching import batches
+from npnet.datasets import DataError, load_diabetes, load_mnist, make_linear, one_hot
 from npnet.failures import OutOfMemory
 from npnet.layer import Layer, LayerCost, Parameter
 from npnet.layers import Dense, Linear, Sequential, mlp

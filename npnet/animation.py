@@ -2,15 +2,17 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from npnet.checks import check_number
-from npnet.drawing import BLUE, MAKE_PLAN, axes_or_new, bytes_alive_axis, draw_budget
-from npnet.files import write_text
+from npnet.drawing import BLUE, axes_or_new
+from npnet.files import replacing, write_text
 from npnet.memory import format_bytes
+from npnet.plan_drawing import MAKE_PLAN, bytes_alive_axis, draw_budget
 from npnet.plans import Plan
 from npnet.plot_checks import check_type
 from npnet.schedule import BACKWARD, DROP, DURING, FETCH, FORWARD, HOLDING, OFFLOAD, Action, Schedule
@@ -234,9 +236,12 @@ class _Stage:
 def save_animation(animation: "FuncAnimation", path: Path | str) -> None:
     """Save what `animate_schedule` gives as a file, by its suffix: ``.gif``, or ``.html`` with buttons to step through.
 
+    All or nothing, as `npnet.files.replacing` does it.
+
     Raises:
         TypeError: not an animation.
         ValueError: another suffix.
+        FileNotFoundError, OSError: the folder is not there, or the file cannot be written.
     """
     from matplotlib import rc_context
     from matplotlib.animation import FuncAnimation
@@ -245,8 +250,12 @@ def save_animation(animation: "FuncAnimation", path: Path | str) -> None:
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path: expected a file name that ends in .gif or .html, got {type(path).__name__}")
     path = Path(path)
+    if not path.parent.is_dir():  # said before all frames are drawn
+        raise FileNotFoundError(f"path: there is no folder {path.parent} for {path.name}; make it, or name another")
     if path.suffix.lower() == ".gif":
-        animation.save(path, writer="pillow")
+        with TemporaryDirectory() as folder, replacing(path) as file:
+            animation.save(whole := Path(folder) / "a.gif", writer="pillow")
+            file.write(whole.read_bytes())
     elif path.suffix.lower() == ".html":
         with rc_context({"animation.embed_limit": 500}):  # MB; beyond, frames would be left out
             page = animation.to_jshtml(default_mode="once")

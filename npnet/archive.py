@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -132,12 +133,27 @@ def _write_npz(file: IO[bytes], text: str, arrays: Mapping[str, Array]) -> None:
 
 
 def _read_save(path: Path) -> _Read:
+    with _members(path) as (_, members):  # before its size is judged: other programs' files may be compressed
+        if _DESCRIPTION not in members:
+            raise SaveError(
+                f"{path}: not saved by npnet; arrays alone go into a model with model.load_state_dict(numpy.load(path))"
+            )
     arrays = dict(read_npz(path, path.stat().st_size))
-    if _DESCRIPTION not in arrays:
-        raise SaveError(
-            f"{path}: not saved by npnet; arrays alone go into a model with model.load_state_dict(numpy.load(path))"
-        )
     return arrays.pop(_DESCRIPTION).tobytes(), arrays
+
+
+def npz_headers(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """The dtype and the shape of each array that an .npz file claims to hold, by name; no array is read.
+
+    Raises:
+        OSError, SaveError: as for `read_npz`, but of what the arrays hold nothing is known yet.
+    """
+    headers = {}
+    with _members(path) as (archive, members):
+        for name, member in members.items():
+            with archive.open(member) as stream:
+                headers[name] = _read_header(stream, member.file_size)[:2]
+    return headers
 
 
 def read_npz(path: Path, most_bytes: int) -> Iterator[tuple[str, Array]]:
@@ -150,6 +166,17 @@ def read_npz(path: Path, most_bytes: int) -> Iterator[tuple[str, Array]]:
         OSError: the file cannot be read.
         SaveError: it is truncated, damaged, no .npz file, too large, or holds pickled objects.
     """
+    with _members(path) as (archive, members):
+        if sum(member.file_size for member in members.values()) > most_bytes:
+            raise SaveError(f"{path}: damaged, it claims to hold more than the {most_bytes} bytes that it can")
+        for name, member in members.items():
+            with archive.open(member) as stream:
+                yield name, _read_array(stream, member.file_size)
+
+
+@contextmanager
+def _members(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """An .npz file, open, with its entries by name; whatever goes wrong meanwhile becomes an error that names it."""
     try:
         with path.open("rb") as file:
             if file.read(2) != b"PK":
@@ -158,13 +185,11 @@ def read_npz(path: Path, most_bytes: int) -> Iterator[tuple[str, Array]]:
                 members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
                 if len(members) < len(archive.infolist()):
                     raise SaveError(f"{path}: damaged, two of its arrays have the same name")
-                if sum(member.file_size for member in members.values()) > most_bytes:
-                    raise SaveError(f"{path}: damaged, it claims to hold more than the {most_bytes} bytes that it can")
-                for name, member in members.items():
-                    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                        raise ValueError("compressed in an unknown way")  # LZMA's dictionary alone may take 4 GB
-                    with archive.open(member) as stream:
-                        yield name, _read_array(stream, member.file_size)
+                if any(
+                    each.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for each in members.values()
+                ):
+                    raise ValueError("compressed in an unknown way")  # LZMA's dictionary alone may take 4 GB
+                yield archive, members
     except Exception as error:  # whatever zipfile and zlib say of a damaged file
         misplaced = isinstance(error, OSError) and error.errno == errno.EINVAL  # zipfile was led to before the start
         if isinstance(error, (SaveError, MemoryError)) or (isinstance(error, OSError) and not misplaced):
@@ -179,8 +204,8 @@ _HEADER = re.compile(
 """What NumPy writes. NumPy itself reads it with Python's parser, which warns, and takes long, where it is damaged."""
 
 
-def _read_array(stream: IO[bytes], size: int) -> Array:
-    """An array in the .npy format, of ``size`` bytes with its header."""
+def _read_header(stream: IO[bytes], size: int) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
+    """The dtype and shape of an array in the .npy format, of ``size`` bytes with its header; and whether by columns."""
     start = stream.read(10)
     if start[:8] != b"\x93NUMPY\1\0":
         raise ValueError("an array in an unknown format")
@@ -193,7 +218,13 @@ def _read_array(stream: IO[bytes], size: int) -> Array:
         raise ValueError("it holds pickled objects, which could run any code; npnet never loads such files")
     if math.prod(shape) * dtype.itemsize != size - 10 - length:
         raise ValueError(f"an array claims shape {shape}, which is not what there is")
-    array = np.empty(shape, dtype, order="F" if header[2] == "True" else "C")
+    return dtype, shape, header[2] == "True"
+
+
+def _read_array(stream: IO[bytes], size: int) -> Array:
+    """An array in the .npy format, of ``size`` bytes with its header."""
+    dtype, shape, by_columns = _read_header(stream, size)
+    array = np.empty(shape, dtype, order="F" if by_columns else "C")
     content = array.reshape(-1, order="A").view(np.uint8)  # the same memory
     for begin in range(0, len(content), _CHUNK):
         piece = content[begin : begin + _CHUNK]

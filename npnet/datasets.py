@@ -1,11 +1,10 @@
-"""Data sets: where the files are, whether they are whole, and arrays ready to train on."""
+"""Data sets: where the files are, whether they are whole, and arrays ready to train on (`npnet.batching`: by parts)."""
 
 import hashlib
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npnet.archive import SaveError, read_npz
-from npnet.backend import Array, backend_of, to_backend, to_host
-from npnet.checks import check_flag, check_float, check_list, check_number, check_pairs, check_room, check_whole, shown
+from npnet.archive import SaveError, npz_headers, read_npz
+from npnet.backend import Array, backend_of, to_host
+from npnet.checks import check_flag, check_float, check_number, check_room, check_whole, shown
 from npnet.layer import Pair
 from npnet.random import RNG, as_generator
-from npnet.ranks import share_of
 
 DIABETES_FILE = "diabetes.csv"
 _MOST_DIABETES = 768 * 9 * 32  # bytes; no number is written in more than 32
@@ -55,7 +53,7 @@ def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
     """The MNIST file: ``path`` (a file, or a folder that holds mnist.npz), else the first of `data_folders` with one.
 
     Raises:
-        FileNotFoundError: there is none; the message lists where it was looked for.
+        FileNotFoundError: there is none; the message lists where it was looked for. Or $NPNET_DATA is no folder.
     """
     return _find(MNIST_FILE, path, "MNIST", _HOW)
 
@@ -63,6 +61,9 @@ def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
 def _find(name: str, path: str | os.PathLike[str] | None, what: str, how: str) -> Path:
     if not (path is None or isinstance(path, (str, os.PathLike))):
         raise TypeError(f"path: expected a file or folder, got {shown(path)}")
+    chosen = os.environ.get("NPNET_DATA")
+    if path is None and chosen and not os.path.isdir(chosen):  # noqa: PTH112 - which takes any text
+        raise FileNotFoundError(f"NPNET_DATA={chosen}: there is no such folder; correct the variable, or unset it")
     places = [Path(path)] if path is not None else data_folders()
     files = places
     with suppress(OSError):  # a name that is too long, say, which nothing can have
@@ -82,26 +83,46 @@ def read_mnist(path: str | os.PathLike[str] | None = None) -> dict[str, npt.NDAr
     """
     file = find_mnist(path)
     try:
+        _check_headers(file, npz_headers(file))
         stored = dict(read_npz(file, _MOST_MNIST))
     except (SaveError, OSError) as error:
         cause = str(error).removeprefix(f"{file}: ")
-        raise DataError(f"{file}: truncated, damaged or not an .npz file ({cause}); delete it, and {_HOW}") from error
-    missing = [name for name in MNIST_ARRAYS if name not in stored]
+        raise DataError(f"{file}: truncated, damaged or not an .npz file ({cause}); {_advice(file)}") from error
+    for name in ("y_train", "y_test"):
+        wrong = np.flatnonzero(stored[name] > 9)
+        if len(wrong):
+            label = f"{name}[{wrong[0]}] is {stored[name][wrong[0]]}"
+            raise DataError(f"{file}: not an MNIST file: {label}, expected labels from 0 to 9; {_advice(file)}")
+    return {name: stored[name] for name in MNIST_ARRAYS}
+
+
+def _advice(file: Path) -> str:
+    """What to do about a file that is not MNIST, or not any more. Only what npnet fetched itself may be deleted."""
+    fetched = file.resolve().parent == cache_folder().resolve()
+    return f"{'delete it, and' if fetched else 'name another file, or'} {_HOW}"
+
+
+def _check_headers(file: Path, headers: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> None:
+    """Refuse, before it is read, a file whose arrays are not of MNIST's kinds: see `npnet.archive.npz_headers`.
+
+    Raises:
+        DataError: an array is missing, or of another kind; or they are far larger than MNIST.
+    """
+    missing = [name for name in MNIST_ARRAYS if name not in headers]
     if missing:
         expected = ", ".join(MNIST_ARRAYS)
-        raise DataError(
-            f"{file}: not an MNIST file (no {', '.join(missing)}); expected {expected}; delete it, and {_HOW}"
-        )
-    arrays = {name: stored[name] for name in MNIST_ARRAYS}
+        raise DataError(f"{file}: not an MNIST file (no {', '.join(missing)}); expected {expected}; {_advice(file)}")
     for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        images = x.dtype == np.uint8 and x.ndim == 3 and x.shape[1:] == (28, 28)
-        if not (images and y.dtype == np.uint8 and y.shape == x.shape[:1] and y.max(initial=0) <= 9):
+        (x_type, x_shape), (y_type, y_shape) = headers[f"x_{part}"], headers[f"y_{part}"]
+        fits = x_shape[1:] == (28, 28) and y_shape == x_shape[:1]
+        if not (x_type == y_type == np.uint8 and fits):
             raise DataError(
-                f"{file}: not an MNIST file: expected uint8 images (samples, 28, 28) and labels 0 to 9 in "
-                f"x_{part}, y_{part}, got {x.dtype} {x.shape} and {y.dtype} {y.shape}; delete it, and {_HOW}"
+                f"{file}: not an MNIST file: expected uint8 images (samples, 28, 28) and uint8 labels (samples,) in "
+                f"x_{part}, y_{part}, got {x_type} {x_shape} and {y_type} {y_shape}; {_advice(file)}"
             )
-    return arrays
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in headers.values())
+    if size > _MOST_MNIST:
+        raise DataError(f"{file}: not MNIST: {size} bytes of arrays, MNIST has {_MOST_MNIST // 2}; {_advice(file)}")
 
 
 def load_mnist(path: str | os.PathLike[str] | None = None, dtype: npt.DTypeLike = np.float64) -> tuple[Pair, Pair]:
@@ -170,7 +191,7 @@ def verify_mnist(path: str | os.PathLike[str] | None = None) -> Path:
         if array.shape != shape or found != expected:
             raise DataError(
                 f"{file}: {name} is not MNIST's: shape {array.shape}, SHA-256 {found[:8]}..., expected {shape}, "
-                f"{expected[:8]}...; delete it, and {_HOW}"
+                f"{expected[:8]}...; {_advice(file)}"
             )
     return file
 
@@ -294,40 +315,3 @@ def make_linear(
     y = 2 * x + 3 + noise * generator.standard_normal((n, 1))
     with np.errstate(over="ignore"):  # infinite, in a small dtype
         return x.astype(dtype), y.astype(dtype)
-
-
-def batches(
-    x: Array,
-    y: Array,
-    batch_size: int,
-    rng: RNG = None,
-    shuffle: bool = True,
-    drop_last: bool = False,
-    start: int = 0,
-    part: tuple[int, int] = (0, 1),
-) -> Iterator[Pair]:
-    """The samples in batches of ``batch_size`` rows; if they do not divide evenly, the last one is shorter, or dropped.
-
-    ``start`` leaves out so many samples, of those that would come first; ``part`` (rank, size) gives of each batch the
-    rows that fall to one of several processes (see `npnet.ranks.share_of`).
-
-    >>> [len(x) for x, y in batches(np.zeros((5, 3)), np.zeros((5, 1)), 2)]
-    [2, 2, 1]
-    """
-    backend_of(x), backend_of(y)  # refuse what is no array
-    check_pairs(x, y)
-    shuffle, drop_last = check_flag(shuffle, "shuffle"), check_flag(drop_last, "drop_last")
-    batch_size = check_whole(batch_size, "batch_size", least=1)
-    rank, size = check_list(part, 2, "part")
-    rank, size = check_whole(rank, "part: rank", most=check_whole(size, "part: size", least=1) - 1), int(size)
-    order = as_generator(rng).permutation(len(x)) if shuffle else None  # drawn now, whoever takes how many
-    firsts = range(check_whole(start, "start"), len(x) - (batch_size - 1 if drop_last else 0), batch_size)
-
-    def parts(array: Array) -> Iterator[Array]:
-        own = None if order is None else to_backend(order, backend_of(array).name)  # moved once, not batch by batch
-        for first in firsts:
-            share = share_of(rank, size, min(batch_size, len(x) - first))
-            span = slice(first + share.start, first + share.stop)
-            yield array[span if own is None else own[span]]
-
-    return zip(parts(x), parts(y), strict=True)

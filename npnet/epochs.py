@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from npnet.backend import backend_of, to_backend
+from npnet.batching import batches
 from npnet.checkpoint import digest
-from npnet.datasets import batches
 from npnet.failures import first_not_finite
 from npnet.interrupts import Interrupts
 from npnet.layer import Pair

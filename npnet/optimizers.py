@@ -51,6 +51,15 @@ class Optimizer:
         self.weight_decay = check_number(weight_decay, "weight_decay")
         self._state: dict[Parameter, dict[str, Any]] = {}  # arrays by name, and "steps" taken
 
+    def __repr__(self) -> str:
+        """The learning rate, and what was given that is not the default."""
+        taken = inspect.signature(type(self)).parameters.items()
+        given = {name: getattr(self, name, each.default) for name, each in taken}
+        said = [
+            f"{name}={given[name]!r}" for name, each in taken if name == "learning_rate" or given[name] != each.default
+        ]
+        return f"{type(self).__name__}({', '.join(said)})"
+
     @property
     def state_names(self) -> tuple[str, ...]:
         """The arrays of a parameter's size that are kept from step to step."""

@@ -9,12 +9,13 @@ import numpy as np
 
 from npnet.backend import get_backend
 from npnet.datasets import one_hot
-from npnet.drawing import figure, plot_timelines, plot_tradeoff, save_figure
+from npnet.drawing import figure, save_figure
 from npnet.layers import Sequential
 from npnet.losses import LOSSES, Loss
 from npnet.measuring import StepCost, measure_timeline, step_costs
 from npnet.mnist import MEASURING, build, compare_costs
 from npnet.optimizers import OPTIMIZERS, Optimizer
+from npnet.plan_drawing import plot_timelines, plot_tradeoff
 from npnet.planner import plan, tradeoff
 from npnet.plans import MOST_LAYERS, Plan
 from npnet.report import Table, write_json
@@ -65,7 +66,7 @@ def plan_report(
     content, lines, points = _content(settings, chosen, table), None, None
     if measure:
         shown = [plans["plain"], chosen]
-        more = curve.optimal[:: max(1, len(curve.optimal) // 5)] if curve is not None else []
+        more = curve.optimal[: -1 : max(1, len(curve.optimal) // 5)] if curve is not None else []  # the last is plain
         costs, lines = _measured(model, loss, optimizer, settings, [*shown, *more], len(shown), log)
         points = [(cost.peak_bytes, cost.ratio - 1) for cost in costs]
         rows = compare_costs(costs[:2], [each.peak_bytes for each in shown])
@@ -77,9 +78,14 @@ def plan_report(
         print(f"\nplan in {json}")
     if picture is not None:
         drawing, axes = figure(2 if curve is None else 3)
+        drawing.set_figwidth(drawing.get_figwidth() + 1.6)  # for the legends
         plot_timelines([plans["plain"], chosen], lines, axes=axes[:2])
         if curve is not None:
-            plot_tradeoff(curve, points, ax=axes[2])
+            ax = plot_tradeoff(curve, points, ax=axes[2])
+            if points:  # which are off the curve where time is not as flops
+                ax.set_ylabel("extra flops (x: time) in % of a plain step")
+                legend: Any = ax.get_legend()
+                legend.get_texts()[-1].set_text("measured time: the median\nof the rounds' ratios")
         save_figure(drawing, picture)
         print(f"\npicture in {picture}")
 
@@ -93,7 +99,7 @@ def _measured(
     timelines: int,
     log: bool,
 ) -> tuple[list[StepCost], list[list[int]]]:
-    """The costs of a step of each plan, and the timelines of the first few, on random data."""
+    """The costs of a step of each plan, and the timelines of the first few, with the same peaks, on random data."""
     rng = np.random.default_rng(settings.seed)
     x = rng.random((settings.batch_size, settings.arch[0])).astype(settings.dtype)
     y = one_hot(rng.integers(0, settings.arch[-1], settings.batch_size), settings.arch[-1], settings.dtype)
@@ -101,7 +107,12 @@ def _measured(
     costs = step_costs(model, loss, optimizer, schedules, x, y, rounds=20, seconds=MEASURING, log=log)
     optimizer.learning_rate = 0.0
     train_step(model, loss, optimizer, plans[0].schedule, x, y)  # the optimizer allocates its state
-    lines = [measure_timeline(model, loss, optimizer, each.schedule, x, y) for each in plans[:timelines]]
+    lines = []
+    for each, cost in zip(plans[:timelines], costs, strict=False):
+        line = measure_timeline(model, loss, optimizer, each.schedule, x, y)
+        # what was there before the step is not in it, Python's own objects among that: the cost has them
+        before = cost.peak_bytes - each.chain.fixed - max(line)
+        lines.append([number + before for number in line])
     return costs, lines
 
 

@@ -134,6 +134,11 @@ class Tradeoff(NamedTuple):
     optimal: list[Plan]  # from the smallest peak to the plain one
     others: dict[str, list[Plan]]  # "every nth", "sqrt", "revolve"
 
+    def __repr__(self) -> str:
+        """How many plans there are: `rows` has their figures."""
+        counts = [f"{len(plans)} {name}" for name, plans in {"optimal": self.optimal, **self.others}.items()]
+        return f"Tradeoff({', '.join(counts)})"
+
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary per point, for tables and files."""
         curves = {"optimal": self.optimal, **self.others}

@@ -45,6 +45,11 @@ class Plan:
     bound: float | None = None
     """Flops that every memory-persistent schedule within the budget spends on recomputation; None if not searched."""
 
+    def __repr__(self) -> str:
+        """In a line: `describe` has more, and ``print(plan.schedule)`` the actions."""
+        what = f"{self.schedule.name!r}, {self.chain.depth} layers, batch size {self.batch_size}"
+        return f"Plan({what}, peak {format_bytes(self.peak_bytes)}, {100 * self.overhead:.1f} % more flops)"
+
     @property
     def proven(self) -> bool:
         """No memory-persistent schedule within the budget recomputes less (see `npnet.optimal`)."""

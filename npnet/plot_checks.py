@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from npnet.checks import with_article
+
 T = TypeVar("T")
 
 
 def check_type(value: Any, expected: type[T], name: str, hint: str) -> T:
     """``value``, if it is an ``expected``; else TypeError, where ``hint`` says how to get one."""
     if not isinstance(value, expected):
-        raise TypeError(f"{name}: expected a {expected.__name__} ({hint}), got {type(value).__name__}")
+        raise TypeError(f"{name}: expected {with_article(expected)} ({hint}), got {type(value).__name__}")
     return value
 
 
@@ -28,9 +30,11 @@ def one_each(values: Any, count: int, name: str) -> list[Any]:
 
 
 def named(values: Any, name: str) -> Mapping[str, Any]:
-    """``values``, if they are a mapping from texts."""
+    """``values``, if they are a mapping from texts, with something to draw."""
     if not isinstance(values, Mapping) or not all(isinstance(each, str) for each in values):
         raise TypeError(f"{name}: expected numbers by name, such as {{'plain': 1.0}}, got {reprlib.repr(values)}")
+    if not values:
+        raise ValueError(f"{name}: expected at least one, by name, such as {{'plain': 1.0}}, got none")
     return values
 
 

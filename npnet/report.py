@@ -14,6 +14,10 @@ Row: TypeAlias = dict[str, Any]
 """Column -> value."""
 
 
+TIMES = "Ratios of times are medians of the rounds' ratios, not quotients of the medians: steadier on a busy machine."
+"""Stands under tables with times, since the two may contradict each other."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows with the same columns. ``name`` is that of its files; ``draw(rows, path)`` makes its picture, if any."""
@@ -28,7 +32,7 @@ class Table:
         cells = [columns, *([_cell(row[column]) for column in columns] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-        return "\n".join([self.title, "", *lines])
+        return "\n".join([self.title, "", *lines, *(["", TIMES] if "ms a step" in columns else [])])
 
     def write(self, folder: Path) -> None:
         """name.csv and, if there is something to draw, name.png in ``folder``."""

@@ -53,7 +53,7 @@ def test_a_gradient_left_over_from_playing_is_not_added_to_the_first_step():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "adam"}, r"optimizer: expected a Optimizer, such as Adam\(1e-3\), got 'adam'"),
+        ({"optimizer": "adam"}, r"optimizer: expected an Optimizer, such as Adam\(1e-3\), got 'adam'"),
         ({"optimizer": npnet.Adam}, "optimizer: expected"),
         ({"loss": npnet.SoftmaxCrossEntropy}, "loss: expected a Loss"),
         ({"model": npnet.Network([4, 2])}, "model: expected a Sequential"),

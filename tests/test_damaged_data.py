@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import npnet
 from npnet import datasets
 from npnet.datasets import DataError, load_mnist, read_mnist
 from tests.small_mnist import Arrays, equal, random_digits, write
@@ -21,7 +22,7 @@ def refused(file: Path) -> str:
         load_mnist(file)
     message = str(error.value)
     assert message.startswith(f"{file}: ")
-    assert message.endswith(datasets._HOW)
+    assert message.endswith(f"; name another file, or {datasets._HOW}")  # never: delete it
     return message
 
 
@@ -127,7 +128,6 @@ WRONG_ARRAYS: dict[str, Callable[[Arrays], Arrays]] = {
     "a label too few": lambda a: {"y_train": a["y_train"][1:]},
     "labels of the other part": lambda a: {"y_train": a["y_test"]},
     "one-hot labels": lambda a: {"y_test": np.eye(10, dtype=np.uint8)[a["y_test"]]},
-    "eleven classes": lambda a: {"y_test": a["y_test"] * 0 + 10},
     "a label": lambda a: {"y_test": np.uint8(3)},
     "labels of floats": lambda a: {"y_train": a["y_train"].astype(float)},
     "negative labels": lambda a: {"y_test": a["y_test"].astype(np.int8) - 5},
@@ -140,6 +140,43 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path, name: str) -> None:
     arrays = random_digits()
     wrong = WRONG_ARRAYS[name](arrays)
     message = refused(write(tmp_path, arrays | wrong))
-    assert "expected uint8 images (samples, 28, 28) and labels 0 to 9" in message
+    assert "expected uint8 images (samples, 28, 28) and uint8 labels (samples,)" in message
     part = next(iter(wrong))[2:]
     assert f"in x_{part}, y_{part}, got " in message
+
+
+def test_a_label_that_is_no_digit_is_named_with_its_place(tmp_path: Path) -> None:
+    arrays = random_digits()
+    arrays["y_train"][[2, 4]] = 11, 200
+    assert "not an MNIST file: y_train[2] is 11, expected labels from 0 to 9; " in refused(write(tmp_path, arrays))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_healthy_file_of_another_kind_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    """Even if it is larger than MNIST may be."""
+    arrays = random_digits()
+    monkeypatch.setattr(datasets, "_MOST_MNIST", 2 * sum(array.nbytes for array in arrays.values()))
+    assert equal(read_mnist(write(tmp_path, arrays, compressed)), arrays)
+    floats = refused(write(tmp_path, arrays | {"x_train": arrays["x_train"].astype(np.float32)}, compressed))
+    assert "expected uint8 images" in floats
+    assert "got float32 (6, 28, 28) and uint8 (6,)" in floats
+    many = refused(write(tmp_path, arrays | {"more": np.zeros((3, 6, 28, 28))}, compressed))
+    assert "not MNIST: 119961 bytes of arrays, MNIST has 7065; " in many
+    assert not any(word in floats + many for word in ("damaged", "truncated", "delete"))
+
+
+def test_a_model_of_ones_own_is_not_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model.npz"
+    npnet.Network([4, 3, 2]).save(file)
+    for read in (load_mnist, datasets.verify_mnist):
+        with pytest.raises(DataError, match=r"not an MNIST file .*; name another file, or get it with") as error:
+            read(file)
+        assert "delete" not in str(error.value)
+    cached = datasets.cache_folder() / "mnist.npz"  # where npnet itself fetches, what is not MNIST is of no use
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(file.read_bytes())
+    with pytest.raises(DataError, match=r"not an MNIST file .*; delete it, and get it with"):
+        load_mnist(cached)

@@ -47,7 +47,8 @@ def test_dtype_is_that_of_all_four_arrays(tmp_path: Path, dtype: Any) -> None:
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The three folders that are searched, in order, all of them this test's own and not there yet."""
+    """The three folders that are searched, in order, all of them this test's own; but for the first, not there yet."""
+    (tmp_path / "chosen").mkdir()
     monkeypatch.setenv("NPNET_DATA", str(tmp_path / "chosen"))
     monkeypatch.setattr(datasets, "__file__", str(tmp_path / "repository" / "npnet" / "datasets.py"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -97,6 +98,22 @@ def test_a_missing_file_is_said_with_every_place_and_what_to_do(places: list[Pat
     places[2].joinpath("mnist.npz").mkdir(parents=True)  # a folder of that name is no file
     with pytest.raises(FileNotFoundError):
         read(places[2])
+
+
+@pytest.mark.parametrize("chosen", ["nowhere", "a file", "n" * 5000])
+def test_a_chosen_folder_that_is_not_there_is_not_passed_over(
+    places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    write(places[1], random_digits())
+    (tmp_path / "a file").write_bytes(b"")
+    assert (
+        datasets.find_mnist() == places[1] / "mnist.npz"
+    )  # the folder is there, without a file: the next one is asked
+    monkeypatch.setenv("NPNET_DATA", str(tmp_path / chosen))
+    for search in (load_mnist, npnet.load_diabetes):
+        with pytest.raises(FileNotFoundError, match=rf"^NPNET_DATA=\S*{chosen}: there is no such folder; .*unset it$"):
+            search()
+    assert datasets.find_mnist(places[1]) == places[1] / "mnist.npz"  # named by the caller, it needs no variable
 
 
 # Whether it is the real one.

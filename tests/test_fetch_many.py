@@ -326,7 +326,7 @@ def test_other_bytes_would_arrive_without_the_hash(
     """Negative control; and the second net, each array's own hash, holds."""
     offer_other_bytes(offer, monkeypatch)
     monkeypatch.setattr(pooch.core, "hash_matches", lambda *_, **__: True)
-    with pytest.raises(DataError, match=r"delete it, and get it with `npnet data fetch`"):
+    with pytest.raises(DataError, match=r"Bad CRC-32.*; name another file, or get it with `npnet data fetch`"):
         fetch_mnist(tmp_path / "cache")
     assert (tmp_path / "cache" / "mnist.npz").read_bytes() == offer.content
 

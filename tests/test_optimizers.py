@@ -222,3 +222,15 @@ def test_an_optimizer_without_update_says_what_is_missing():
     parameter.gradient = np.ones(2)
     with pytest.raises(NotImplementedError, match="_update"):
         Optimizer().step([parameter])
+
+
+def test_an_optimizer_prints_what_it_was_given():
+    class Own(Adam):
+        """Keeps nothing by the names of its arguments."""
+
+        def __init__(self, rate, **others):
+            super().__init__(rate)
+
+    assert repr(Adam()) == "Adam(learning_rate=0.001)"
+    assert str(SGD(3.0, momentum=0.9)) == "SGD(learning_rate=3.0, momentum=0.9)"
+    assert repr(Own(0.1)) == "Own()"

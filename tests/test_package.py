@@ -70,6 +70,7 @@ ORDER = [
     ),
     *(
         "datasets",
+        "batching",
         "feeding",
         "run",
         "saver",
@@ -82,6 +83,7 @@ ORDER = [
         "device",
         "plot_checks",
         "drawing",
+        "plan_drawing",
         "animation",
         "plots",
     ),

@@ -247,3 +247,10 @@ def test_a_curve_from_rounded_sizes_claims_no_more_than_is_true_and_one_of_too_m
     assert [each.proven for each in curve] == [False] * (len(curve) - 1) + [True]
     with pytest.raises(ValueError, match=f"^tradeoff: {MOST_LAYERS + 1} layers are more than the {MOST_LAYERS} that"):
         tradeoff(MANY, 500)
+
+
+def test_plans_and_curves_are_printed_in_a_line():
+    network = npnet.Network([784, *[30] * 50, 10], rng=0)
+    planned, curve = plan(network, 100, every_nth=7), tradeoff(network, 100)
+    assert str(planned) == "Plan('every 7', 51 layers, batch size 100, peak 923 kB, 33.9 % more flops)"
+    assert str(curve) == f"Tradeoff({len(curve.optimal)} optimal, 50 every nth, 1 sqrt, 50 revolve)"

@@ -242,3 +242,11 @@ def test_a_description_that_json_cannot_hold_is_not_saved(tmp_path: Path) -> Non
 def test_a_model_of_its_own_kind_may_stand_where_npnets_do(tmp_path: Path) -> None:
     Sequential(one_of_each()).save(tmp_path / "nested.npz")
     assert is_same(npnet.load(tmp_path / "nested.npz"), Sequential(one_of_each()))
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_a_file_of_another_program_is_not_called_damaged(tmp_path: Path, write: Any) -> None:
+    """Compressed, it holds more bytes than it has; no save of npnet does."""
+    write(tmp_path / "arrays.npz", x=np.zeros(10_000))
+    with pytest.raises(SaveError, match="not saved by npnet"):
+        npnet.load(tmp_path / "arrays.npz")
