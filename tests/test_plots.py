@@ -33,7 +33,7 @@ def test_epochs_are_counted_from_0_in_the_picture_too(monkeypatch: pytest.Monkey
 def test_why_times_and_ratios_may_contradict_each_other_is_said_where_both_stand() -> None:
     assert str(Table("costs", "Costs", [{"ms a step": 2.0, "ratio": 1.3}])).endswith(f"\n\n{TIMES}")
     assert TIMES not in str(Table("memory", "Memory", [{"peak bytes": 2, "ratio": 1.3}]))
-    costs = [npnet.measuring.StepCost(name, 0.001, 1.0, 1000, 0) for name in ("plain", "sqrt")]
+    costs = [npnet.measuring.StepCost(name, 0.001, 1.0, 1000, 0, 9) for name in ("plain", "sqrt")]
     axes = list(Figure().subplots(1, 2))
     plots.plot_costs(costs, axes)
     assert axes[0].get_ylabel() == "ms (x: median of the rounds' ratios)"

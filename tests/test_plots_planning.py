@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import npnet
-from npnet import animation, mnist, plan_drawing, plan_report, schedules
+from npnet import animation, plan_drawing, plan_report, schedules
 from npnet.animation import STATES, animate_schedule, plot_schedule, save_animation
 from npnet.memory import format_bytes
 from npnet.plan_drawing import BYTES, plot_timeline, plot_timelines, plot_tradeoff
+from npnet.settings import MODERN
 
 WORDS = {"F": "computed", "R": "recomputed", "o": "held", "B": "used, then freed"}  # of Schedule.diagram
 
@@ -200,8 +201,8 @@ def test_plans_picture_says_what_its_table_says_and_what_its_crosses_are(monkeyp
     monkeypatch.setattr(plan_report, "save_figure", lambda figure, path: figures.append(figure))
     real = plan_report.compare_costs
     monkeypatch.setattr(plan_report, "compare_costs", lambda costs, said: measured.extend(costs) or real(costs, said))
-    settings = replace(mnist.MODERN, arch=(784, 30, 30, 30, 30, 10), batch_size=64)
-    plan_report.plan_report(settings, "sqrt", None, measure=True, picture=tmp_path / "plan.png")
+    settings = replace(MODERN, arch=(784, 30, 30, 30, 30, 10), batch_size=64)
+    plan_report.plan_report(settings, measure=True, picture=tmp_path / "plan.png", log=False)
     *timelines, tradeoff = figures[0].axes
     for ax, cost in zip(timelines, measured, strict=True):
         assert line(ax, "measured").get_data().values.max() == cost.peak_bytes
