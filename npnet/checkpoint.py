@@ -120,8 +120,9 @@ def _run(
         if kind is FORWARD:
             if recompute and restore is not None:
                 held.update(enumerate(restore(held[first - 1], first, last), first))
-                for number in range(first, last + 1) if check is not None else ():
-                    check(number, held[number])  # type: ignore[misc]
+                if check is not None:
+                    for number in range(first, last + 1):
+                        check(number, held[number])
                 continue
             output = held[first - 1]
             for number in range(first, last + 1):
