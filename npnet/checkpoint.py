@@ -85,7 +85,7 @@ def backpropagate(
         with one_step():  # whatever is run again in it draws the same random numbers again
             check = _DeterminismCheck(layers) if determinism_check else None
             _checking.always = determinism_check or before  # of the parts inside, too
-            with borrowed_store() as store:
+            with borrowed_store(schedule.offload_to) as store:
                 return _run(layers, schedule, x, output_gradient, after_backward, restore, needs_dx, check, store)
     except BaseException:  # Ctrl-C, too: the next pass must not add to the half of this one
         clear_gradients(layers)

@@ -31,6 +31,8 @@ from npnet.settings import CLASSIC, FREE, MODERN, Settings
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """The defaults, with what was given in place of parts of them."""
+    if options.offload is not None and options.checkpoint_every is not None:
+        raise ValueError("give --offload or --checkpoint-every, not both")
     settings = CLASSIC if options.classic else MODERN
     return replace(settings, **_given(options))
 
@@ -58,7 +60,7 @@ def resumed_settings(options: argparse.Namespace, save: Path) -> tuple[Settings,
             "the option out, or train anew in another --out"
         )
     if "checkpoint_every" in given:
-        given["memory_budget"] = None
+        given |= {"memory_budget": None, "offload": None}
     return replace(saved, **given), done
 
 

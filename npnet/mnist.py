@@ -92,6 +92,9 @@ def train(
         costs = step_costs(model, loss, optimizer, predicted, transform(x), y, seconds=MEASURING, log=log)
     ranks.wait_for_all()
 
+    chosen: dict[str, Any] = {"schedule": plans[-1].schedule}
+    if settings.memory_budget is not None:
+        chosen = {"memory_budget": settings.memory_budget, "offload": settings.offload}
     history, outcome = History(), ""
     try:
         fit(
@@ -101,8 +104,7 @@ def train(
             optimizer=optimizer,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
-            schedule=plans[-1].schedule if settings.memory_budget is None else "none",
-            memory_budget=settings.memory_budget,
+            **chosen,
             capture=settings.capture,
             test_data=test_data,
             transform=transform,

@@ -73,6 +73,7 @@ class NetworkWithCheckpointing(Network):
                 "depth": schedule.depth,
                 "name": schedule.name,
                 "needs_saved": sorted(schedule.needs_saved),
+                "offload_to": schedule.offload_to,
             }
         return config
 

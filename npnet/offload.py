@@ -1,10 +1,13 @@
-"""Where activations go that a schedule sends out of memory: a file, or from a GPU the host.
+"""Where activations go that a schedule sends out of memory: the host's memory, from a GPU, or a file.
 
-A checkpoint is written once and read once, in reverse order, long after: what disks are good at. On NumPy it goes into
-a temporary file without a name, which is gone with the process whatever becomes of it; the operating system writes
+A checkpoint is written once and read once, in reverse order, long after: what disks are good at. It goes into a
+temporary file without a name, which is gone with the process whatever becomes of it; the operating system writes
 behind, and reads ahead of need, since the store says what comes next. The file is in the folder that TMPDIR names:
-where that is a disk in memory, as ``/tmp`` may be, nothing is saved. From a GPU activations go into the host's pinned
-memory, and come back ahead of need, while the GPU computes: see `npnet.transfers`.
+where that is a disk in memory, as ``/tmp`` may be, nothing is saved. It is written and read, and not mapped into
+memory, since a full disk then is an error, and not the signal that ends the process.
+
+Into the host's memory activations of a GPU come and go while it computes: see `npnet.transfers`. For those that go
+into a file it waits.
 
 Aupy, Herrmann, Hovland & Robert, "Optimal multistage algorithm for adjoint computation", 2016, is about schedules for
 two such levels of memory; `npnet.schedules.offloaded` makes the plain ones.
@@ -14,12 +17,23 @@ import os
 import tempfile
 import threading
 from contextlib import suppress
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from npnet.backend import Array, backend_of, get_backend, to_backend, to_host
+from npnet.schedule import Place
 from npnet.transfers import Moved, OffloadError, Transfers
+
+
+def check_elsewhere(to: Place | None, array: Array) -> None:
+    """Refuse to send ``array``, or others of its kind, to where they are.
+
+    Raises:
+        ValueError: that is the host, and the array is there.
+    """
+    if to == "host" and isinstance(array, np.ndarray):
+        raise ValueError("offload: activations are in the host's memory already; 'disk' moves them out of it")
 
 
 class _InFile(NamedTuple):
@@ -29,7 +43,8 @@ class _InFile(NamedTuple):
     size: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    order: Literal["C", "F"]
+    transposed: bool  # it was in Fortran order
+    backend: str
 
 
 class _OnHost(NamedTuple):
@@ -40,7 +55,13 @@ class _OnHost(NamedTuple):
 
 
 class Store:
-    """Activations out of memory, by the numbers of their layers."""
+    """Activations out of memory, by the numbers of their layers.
+
+    Attributes:
+        to: where they go; None is from a GPU the host, else the disk.
+    """
+
+    to: Place | None = None
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
@@ -56,26 +77,27 @@ class Store:
         return len(self._kept)
 
     def put(self, number: int, array: Array) -> None:
-        """Take ``array``, and refer to its memory no longer; on a GPU until the next `put` or `get`.
+        """Take ``array``, and refer to its memory no longer; on its way from a GPU to the host, until the next call.
 
         Raises:
             OffloadError: the file cannot be written, or the host has no pinned memory left.
             TypeError: the array is not of NumPy, nor of a device.
+            ValueError: it is to go to the host, and is there.
         """
-        if isinstance(array, np.ndarray):
-            self._kept[number] = self._write(array)
-            return
         try:
             backend = get_backend(backend_of(array).name)
         except ValueError:
             raise TypeError(f"a {type(array).__name__} cannot be offloaded: take a schedule that does not") from None
-        if hasattr(backend.xp, "cuda"):
+        check_elsewhere(self.to, array)
+        if self.to == "disk" or backend.xp is np:
+            self._kept[number] = self._write(array, backend.name)
+        elif hasattr(backend.xp, "cuda"):
             gpu = backend.xp.cuda.runtime.getDevice()
             if gpu not in self._transfers:
                 self._transfers[gpu] = Transfers(backend.xp)
             self._kept[number] = self._transfers[gpu].send(array)
-            return
-        self._kept[number] = _OnHost(to_host(array), backend.name)
+        else:
+            self._kept[number] = _OnHost(to_host(array), backend.name)
 
     def get(self, number: int) -> Array:
         """The array again, in the layout that it had; the store forgets it.
@@ -88,11 +110,12 @@ class Store:
             return to_backend(kept.array, kept.backend)
         if isinstance(kept, Moved):
             return kept.transfers.fetch(kept)
-        array: Any = np.empty(kept.shape, kept.dtype, order=kept.order)
-        self._read(kept, array.reshape(-1, order="A").view(np.uint8).data)
+        straight = np.empty(kept.shape[::-1] if kept.transposed else kept.shape, kept.dtype)
+        self._read(kept, straight.reshape(-1).view(np.uint8).data)
         if self._kept:
             self._advise(self._kept[next(reversed(self._kept))])
-        return array  # type: ignore[no-any-return]
+        array = to_backend(straight, kept.backend)
+        return array.T if kept.transposed else array
 
     def clear(self) -> None:
         """Forget all; what comes next overwrites the file."""
@@ -100,14 +123,14 @@ class Store:
             transfers.clear()
         self._kept, self._end = {}, 0
 
-    def _write(self, array: Array) -> _InFile:
-        order: Literal["C", "F"] = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-        flat = np.ascontiguousarray(array.reshape(-1, order=order))  # a copy, if it is neither
+    def _write(self, array: Array, backend: str) -> _InFile:
+        transposed = bool(array.flags.f_contiguous and not array.flags.c_contiguous)
+        straight = np.ascontiguousarray(to_host(array.T if transposed else array))  # a copy, if it is neither
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="npnet-", buffering=0)  # noqa: SIM115 - kept for all steps
             self._file.seek(self._end)
-            rest = flat.view(np.uint8).data
+            rest = straight.reshape(-1).view(np.uint8).data
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
@@ -117,7 +140,7 @@ class Store:
                 f"({error.strerror}); let TMPDIR name a folder with room",
             ) from error
         begin, self._end = self._end, self._end + array.nbytes
-        return _InFile(begin, array.nbytes, array.shape, array.dtype, order)
+        return _InFile(begin, array.nbytes, array.shape, array.dtype, transposed, backend)
 
     def _read(self, kept: _InFile, target: memoryview) -> None:
         assert self._file is not None, "it was written"
@@ -150,8 +173,12 @@ _stores = _Stores()
 class borrowed_store:  # noqa: N801 - used as a function
     """A store for one pass, empty; its file is used again by later passes of this thread."""
 
+    def __init__(self, to: Place | None = None) -> None:
+        self._to = to
+
     def __enter__(self) -> Store:
         self._store = _stores.free.pop() if _stores.free else Store()
+        self._store.to = self._to
         return self._store
 
     def __exit__(self, *_: object) -> None:

@@ -73,6 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
             "--memory-budget", type=argument(parse_bytes), metavar="SIZE",
             help="bytes, 20MB or 20MiB: the cheapest schedule with which a step never takes more",
         )  # fmt: skip
+        sub.add_argument(
+            "--offload", choices=["host", "disk"],
+            help="nothing is run again: activations leave memory and come back, from a GPU to its host, or to a file; "
+            "with --memory-budget as few as it allows",
+        )  # fmt: skip
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
     train.add_argument(
         "--learning-rate", "--lr", "--eta", type=argument(number("the learning rate")), help=default("learning_rate")

@@ -11,11 +11,12 @@ from npnet.checks import check_flag, check_kind, check_whole, shown
 from npnet.layer import Layer
 from npnet.losses import Loss
 from npnet.memory import format_bytes, parse_bytes
+from npnet.offload import check_elsewhere
 from npnet.optimal import Optimum, exact_unit, remainders, smallest_budget
 from npnet.optimizers import Optimizer
 from npnet.plans import MOST_LAYERS, InfeasibleBudget, Plan, describe_moment, remedies
 from npnet.pricing import Chain, chain_of, check_saves
-from npnet.schedule import Schedule
+from npnet.schedule import Place, Schedule, check_place
 from npnet.schedules import ScheduleLike
 
 MOST_CELLS = 20_000_000
@@ -48,6 +49,7 @@ def plan(
     memory_budget: float | str | None = None,
     every_nth: int | None = None,
     strategy: ScheduleLike | None = None,
+    offload: Place | None = None,
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
     streaming: bool = True,
@@ -66,6 +68,8 @@ def plan(
         strategy: "optimal" (the default, with a budget), "none" (without one), "sqrt", "every_nth" or "revolve" (with a
             budget the cheapest of their kind that fits), "offload" (nothing is run again, and as little as the budget
             allows leaves memory), or any schedule, such as `npnet.schedules.selective`.
+        offload: where activations go with the strategy "offload", which then need not be given: "host", from a GPU, or
+            "disk" (see `npnet.offload`).
         loss: its workspace counts; by default that of the quadratic cost.
         optimizer: its state counts; by default none, as for plain SGD.
         streaming: layers are updated during the backward pass, as `npnet.fit` and `Network.update_mini_batch` do; else
@@ -97,6 +101,12 @@ def plan(
     kind = strategy if isinstance(strategy, str) else None
     if every_nth is not None and not (strategy is None or kind == "every_nth"):
         raise ValueError(f"give every_nth or strategy={shown(strategy)}, not both")
+    if check_place(offload, "offload") is not None:
+        if every_nth is not None or not (strategy is None or kind == "offload"):
+            raise ValueError("give offload or another strategy, not both")
+        kind = strategy = "offload"
+        for parameter in (each for layer in network.layers for each in layer.parameters()):
+            check_elsewhere(offload, parameter.value)
     if every_nth is not None:
         candidates: Sequence[Schedule] = [schedules.every_nth(depth, every_nth, chain.needs_saved)]
     elif kind == "optimal" or (strategy is None and budget is not None):
@@ -109,9 +119,9 @@ def plan(
         candidates = list(_every_nth(chain))
     elif kind == "revolve" and budget is not None:
         candidates = list(_revolves(chain))
-    elif kind == "offload" and budget is not None:
-        most = _spread(0, max(depth - 2, 0))
-        candidates = [schedules.offloaded(depth, 1, count, chain.needs_saved) for count in most]
+    elif kind == "offload":
+        most = [depth] if budget is None else _spread(0, max(depth - 2, 0))
+        candidates = [schedules.offloaded(depth, 1, count, chain.needs_saved, offload) for count in most]
     else:
         candidates = [schedules.as_schedule("none" if strategy is None else strategy, depth, chain.needs_saved)]
         check_saves(network.layers, candidates[0])

@@ -121,7 +121,7 @@ def _summary(plan: Plan) -> Iterator[str]:
     elif plan.bound is not None:
         bound = 100 * plan.bound / max(plan.chain.step_flops, 1)
         yield f"not proven optimal, since sizes were rounded: within the budget, at least {bound:.1f} % more are needed"
-    elif plan.memory_budget is not None:
+    elif plan.memory_budget is not None and plan.recompute_flops:
         yield "not proven optimal: strategies were tried, not all schedules"
 
 
@@ -137,7 +137,8 @@ def _kept(plan: Plan) -> Iterator[str]:
     dropped = set(range(1, plan.chain.depth + 1)) - held - out
     if out:
         moved = format_bytes(plan.chain.moved_bytes(plan.schedule))
-        yield f"moved out of memory on the way up, and back when needed: the outputs of {_layers(out)}, {moved}"
+        where = f"to the {plan.schedule.offload_to}" if plan.schedule.offload_to else "out of memory"
+        yield f"moved {where} on the way up, and back when needed: the outputs of {_layers(out)}, {moved}"
         held |= out
     if not dropped:
         yield "nothing is run again" if out else "kept: every activation, until its backward pass"

@@ -8,8 +8,9 @@ a_l, of A_l bytes, from a_{l-1}, and saves S_l more; D_l is the gradient at a_l;
 passes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ class Chain:
     accumulated: int = 0  # gradients of the micro-batches before
     communication: int = 0  # buffers in which gradients are summed over several processes
     small: int = 0  # on a device: for single rows and columns, and for what reductions take
-    overlapping: bool = False  # on a device: activations leave and come back while it computes (`npnet.transfers`)
+    overlapping: bool = False  # on a device: activations travel to the host while it computes (`npnet.transfers`)
     gradient_given: bool = False  # D_L is there from the start (a model of the literature; in npnet the loss makes it)
 
     @property
@@ -210,7 +211,9 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
     saving = set[int]()  # layers that hold what they saved, their input among it
     saved_inputs: dict[int, int] = {}  # such a layer -> bytes of its input, which the schedule has let go
     made: dict[int, int] = {}  # layer -> index of the action that made the activation held
-    for i, (action, moving) in enumerate(zip(schedule, _moving(schedule, chain), strict=True)):
+    overlapping = chain.overlapping and schedule.offload_to != "disk"
+    on_the_way = _moving(schedule, chain.activation) if overlapping else repeat(0, len(schedule))
+    for i, (action, moving) in enumerate(zip(schedule, on_the_way, strict=True)):
         kind, layer = action
         before = checkpoints + segment + kept + passed + moving
         if kind is FORWARD:
@@ -256,7 +259,7 @@ def timeline(schedule: Schedule, chain: Chain) -> list[Moment]:
     return moments
 
 
-def _moving(schedule: Schedule, chain: Chain) -> Iterator[int]:
+def _moving(schedule: Iterable[Action], activation: Sequence[int]) -> Iterator[int]:
     """Bytes that are on their way out of memory, or back ahead of need, after each action: see `npnet.transfers`."""
     out: list[int] = []
     leaving = ahead = 0  # layers; 0 is none, and A_0 = 0
@@ -269,7 +272,7 @@ def _moving(schedule: Schedule, chain: Chain) -> Iterator[int]:
             leaving, ahead = 0, 0 if ahead == layer else ahead
             if out and not ahead:
                 ahead = out[-1]
-        yield chain.activation[leaving] + chain.activation[ahead] if chain.overlapping else 0
+        yield activation[leaving] + activation[ahead]
 
 
 def _restarted(schedule: Schedule) -> set[int]:

@@ -34,7 +34,7 @@ from npnet.random import as_generator
 from npnet.ranks import Ranks
 from npnet.run import History, TrainingRun
 from npnet.saver import Saver
-from npnet.schedule import Schedule
+from npnet.schedule import Place, Schedule
 from npnet.schedules import as_schedule
 
 
@@ -56,6 +56,7 @@ class Recipe:
     batch_size: int
     schedule: Schedule
     memory_budget: float | str | None
+    offload: Place | None
     test_data: Pair | None
     transform: Callable[[Array], Array] | None
     rng: np.random.Generator
@@ -152,13 +153,17 @@ class Recipe:
 
     def _choose_schedule(self) -> None:
         """Plan one for the budget, if there is one; else make what was asked for."""
-        if self.memory_budget is not None:
-            if not (isinstance(self.schedule, str) and self.schedule == "none"):
-                raise ValueError("give schedule or memory_budget, not both")
+        for name in ("memory_budget", "offload"):
+            if getattr(self, name) is not None and not (isinstance(self.schedule, str) and self.schedule == "none"):
+                raise ValueError(f"give schedule or {name}, not both")
+        if self.memory_budget is not None or self.offload is not None:
             with mode(self.model, training=True):
-                planned = plan(self.model, self.batch_size, memory_budget=self.memory_budget, **self.terms)
+                planned = plan(
+                    self.model, self.batch_size, memory_budget=self.memory_budget, offload=self.offload, **self.terms
+                )
             self.schedule = planned.schedule
-            self.budget = parse_bytes(self.memory_budget) - planned.chain.communication
+            if self.memory_budget is not None:
+                self.budget = parse_bytes(self.memory_budget) - planned.chain.communication
         layers = self.model.layers
         self.schedule = as_schedule(self.schedule, len(layers), needs_saved(layers))
 

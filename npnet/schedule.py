@@ -18,7 +18,7 @@ This module knows integers only: no arrays, no bytes.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from npnet.checks import check_kind, check_whole, shown
 
@@ -42,6 +42,9 @@ OFFLOAD, FETCH = Kind.OFFLOAD, Kind.FETCH
 
 HOLDING = (FORWARD, FETCH)
 """Actions after which the activation is in memory; after the others it is not."""
+
+Place: TypeAlias = Literal["host", "disk"]
+"""Where activations go that leave memory: from a GPU into its host's memory, or into a file."""
 
 DURING = {DROP: ".", BACKWARD: "B", OFFLOAD: ">", FETCH: "<"}
 
@@ -82,6 +85,17 @@ def check_layers(numbers: Iterable[int], name: str) -> frozenset[int]:
     return frozenset(check_whole(number, f"a layer of {name}", least=1) for number in given)
 
 
+def check_place(place: Place | None, name: str) -> Place | None:
+    """The place, if it is one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if place is None or (isinstance(place, str) and place in get_args(Place)):
+        return place
+    raise ValueError(f"{name}: expected 'host' or 'disk', got {shown(place)}")
+
+
 class Run(NamedTuple):
     """What the engine executes: one action, or a run of forward actions for layers first, first + 1, ... last.
 
@@ -109,6 +123,7 @@ class Schedule(tuple[Action, ...]):
         name: what to call it in tables and pictures.
         needs_saved: layers whose backward pass needs more than their input and output (see
             `npnet.layer.Layer.output_suffices`), so that they have to be run again before it.
+        offload_to: where ``offload`` moves activations; by default from a GPU to the host, else to the disk.
 
     Raises:
         InvalidSchedule: an action uses what is not held, holds twice, or the list leaves a layer without
@@ -121,11 +136,17 @@ class Schedule(tuple[Action, ...]):
     depth: int
     name: str
     needs_saved: frozenset[int]
+    offload_to: Place | None
     runs: tuple[Run, ...]
     """What the engine executes."""
 
     def __new__(
-        cls, actions: Iterable[tuple[Kind, int]], depth: int, name: str = "custom", needs_saved: Iterable[int] = ()
+        cls,
+        actions: Iterable[tuple[Kind, int]],
+        depth: int,
+        name: str = "custom",
+        needs_saved: Iterable[int] = (),
+        offload_to: Place | None = None,
     ) -> "Schedule":
         try:
             given = iter(actions)
@@ -136,11 +157,12 @@ class Schedule(tuple[Action, ...]):
         self.needs_saved = check_layers(needs_saved, "needs_saved")
         if self.needs_saved and max(self.needs_saved) > self.depth:
             raise ValueError(f"needs_saved: there is no layer {max(self.needs_saved)} in a chain of {self.depth}")
+        self.offload_to = check_place(offload_to, "offload_to")
         self.runs = self._compile(self.needs_saved)
         return self
 
-    def __getnewargs__(self) -> tuple[tuple[Action, ...], int, str, frozenset[int]]:
-        return tuple(self), self.depth, self.name, self.needs_saved
+    def __getnewargs__(self) -> tuple[tuple[Action, ...], int, str, frozenset[int], Place | None]:
+        return tuple(self), self.depth, self.name, self.needs_saved, self.offload_to
 
     def __str__(self) -> str:
         return ", ".join(map(str, self))

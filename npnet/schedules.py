@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import TypeAlias
 
 from npnet.checks import check_whole, shown
-from npnet.schedule import BACKWARD, DROP, FETCH, FORWARD, OFFLOAD, Kind, Schedule, check_layers
+from npnet.schedule import BACKWARD, DROP, FETCH, FORWARD, OFFLOAD, Kind, Place, Schedule, check_layers
 
 ScheduleLike: TypeAlias = Schedule | str | Callable[[int], Schedule] | Iterable[tuple[Kind, int]]
 """What ``schedule=`` takes; see `as_schedule`."""
@@ -94,7 +94,9 @@ def selective(depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int]
     return _segments(depth, [layer for layer in chosen if layer < depth], needs_saved, name)
 
 
-def offloaded(depth: int, n: int = 1, most: int | None = None, needs_saved: Iterable[int] = ()) -> Schedule:
+def offloaded(
+    depth: int, n: int = 1, most: int | None = None, needs_saved: Iterable[int] = (), to: Place | None = None
+) -> Schedule:
     """As `every_nth`, but the checkpoints leave memory once they have been used, and come back for their segments.
 
     With n = 1 nothing is run again: every activation goes out, and comes back for its backward pass. The last
@@ -105,9 +107,10 @@ def offloaded(depth: int, n: int = 1, most: int | None = None, needs_saved: Iter
         n: distance between checkpoints.
         most: only the first so many of them go out: those that wait longest. By default all.
         needs_saved: as for `Schedule`. What these layers save cannot go out; they are run again.
+        to: "host" or "disk", see `npnet.offload`; by default from a GPU to the host, else to the disk.
 
     Raises:
-        TypeError, ValueError: ``n`` is not a whole number from 1, or ``most`` not one from 0.
+        TypeError, ValueError: ``n`` is not a whole number from 1, ``most`` not one from 0, or ``to`` no such place.
 
     >>> print(offloaded(4, 2).diagram())
                 a0 a1 a2 a3 a4
@@ -129,11 +132,16 @@ def offloaded(depth: int, n: int = 1, most: int | None = None, needs_saved: Iter
     checkpoints = range(n, depth, n)
     name = "offload" if n == 1 else f"offload every {n}"
     name += f", the first {most}" if most < len(checkpoints) - 1 else ""
-    return _segments(depth, checkpoints, needs_saved, name, {*checkpoints[:-1][:most]})
+    return _segments(depth, checkpoints, needs_saved, name, {*checkpoints[:-1][:most]}, to)
 
 
 def _segments(
-    depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int], name: str, out: Collection[int] = ()
+    depth: int,
+    checkpoints: Iterable[int],
+    needs_saved: Iterable[int],
+    name: str,
+    out: Collection[int] = (),
+    to: Place | None = None,
 ) -> Schedule:
     """One pass up, which drops what is not a checkpoint, then segment by segment down; checkpoints ``out`` go out."""
     depth, needs_saved = _check_depth(depth), check_layers(needs_saved, "needs_saved")
@@ -154,7 +162,7 @@ def _segments(
             kept.remove(end)
         actions += [(FORWARD, layer) for layer in range(start + 1, end + 1) if layer not in kept]
         actions += [(BACKWARD, layer) for layer in range(end, start, -1)]
-    return Schedule(actions, depth, name, needs_saved)
+    return Schedule(actions, depth, name, needs_saved, to)
 
 
 def revolve(depth: int, slots: int | None = None, needs_saved: Iterable[int] = ()) -> Schedule:

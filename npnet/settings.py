@@ -6,8 +6,12 @@ from typing import Any
 
 from npnet.archive import SaveError, read_archive
 from npnet.report import describe_sizes
+from npnet.schedule import Place
 
-FREE = ("backend", "checkpoint_every", "memory_budget", "capture", "measure", "save_every", "stop_on_save_error")
+FREE = (
+    *("checkpoint_every", "memory_budget", "offload"),
+    *("backend", "capture", "measure", "save_every", "stop_on_save_error"),
+)
 """The settings that change no number (but the backend, by rounding): other ones may be given to a resumed training."""
 
 
@@ -30,6 +34,7 @@ class Settings:
     backend: str | None = None  # the one that is chosen elsewhere
     checkpoint_every: int | str = "sqrt"  # layers, or the name of a schedule
     memory_budget: int | None = None  # bytes; if given, it counts, and not checkpoint_every
+    offload: Place | None = None  # likewise
     capture: bool = False
     measure: bool = True  # steps, before the training
     save_every: int | None = None  # steps
@@ -52,8 +57,8 @@ class Settings:
     @property
     def strategy(self) -> dict[str, Any]:
         """What says `npnet.plan` which schedule to choose."""
-        if self.memory_budget is not None:
-            return {"strategy": "optimal", "memory_budget": self.memory_budget}
+        if self.memory_budget is not None or self.offload is not None:
+            return {"memory_budget": self.memory_budget, "offload": self.offload}
         return {"strategy" if isinstance(self.checkpoint_every, str) else "every_nth": self.checkpoint_every}
 
     @property

@@ -144,7 +144,7 @@ def _build(said: Any, known: Mapping[str, type[Savable]], defaults: Mapping[str,
     if said.keys() == {"dtype"}:
         name = said["dtype"]
         return np.dtype(name) if name in ("float32", "float64") else storage_dtype(name)
-    if said.keys() == {"actions", "depth", "name", "needs_saved"}:
+    if said.keys() - {"offload_to"} == {"actions", "depth", "name", "needs_saved"}:
         return Schedule(**cast(dict[str, Any], said))
     if said.keys() != {"kind", "config"}:
         return {name: _build(each, known, defaults) for name, each in said.items()}

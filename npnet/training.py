@@ -20,6 +20,7 @@ from npnet.random import RNG
 from npnet.recipe import Recipe, mode
 from npnet.run import History, TrainingRun, share_keys
 from npnet.saver import Saver
+from npnet.schedule import Place
 from npnet.schedules import ScheduleLike
 from npnet.step import accumulated_step
 
@@ -34,6 +35,7 @@ def fit(
     batch_size: int,
     schedule: ScheduleLike = "none",
     memory_budget: float | str | None = None,
+    offload: Place | None = None,
     test_data: Pair | None = None,
     transform: Callable[[Array], Array] | None = None,
     rng: RNG = None,
@@ -64,6 +66,8 @@ def fit(
         memory_budget: instead, bytes or "20 MB": the most that a training step may take. The cheapest schedule for it
             is planned (`npnet.plan`). The batch is data, and not counted. On a GPU it is a limit, too: a step that
             takes more, since a layer says less than it costs, say, runs out of memory.
+        offload: "disk" (a temporary file), or from a GPU "host": activations go there and come back, and nothing is
+            run again; with a ``memory_budget`` as few as it allows (see `npnet.offload`).
         transform: what becomes of the rows of x, batch by batch: data may stay as they are stored, as bytes, say (see
             `npnet.datasets.scaled`).
         rng: seed or generator of the shuffling. (Dropout's masks depend on the number of the step, too, which goes on

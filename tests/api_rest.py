@@ -13,14 +13,17 @@ for name in ("none", "sqrt"):
     call(f"schedules.{name}", getattr(schedules, name), depth=5, needs_saved=[2])
 call("schedules.every_nth", schedules.every_nth, depth=5, n=2, needs_saved=[2])
 call("schedules.selective", schedules.selective, depth=5, checkpoints=[2, 4], needs_saved=[2])
-call("schedules.offloaded", schedules.offloaded, depth=5, n=2, most=1, needs_saved=[2])
+call("schedules.offloaded", schedules.offloaded, depth=5, n=2, most=1, needs_saved=[2], to="disk")
 call("schedules.revolve", schedules.revolve, depth=5, slots=2, needs_saved=[2])
 call("schedules.as_schedule", schedules.as_schedule, schedule="sqrt", depth=5, needs_saved=[2])
-call("Schedule", npnet.Schedule, actions=list(schedules.sqrt(3)), depth=3, name="mine", needs_saved=[2])
+call(
+    "Schedule", npnet.Schedule, actions=list(schedules.sqrt(3)), depth=3, name="mine", needs_saved=[2], offload_to=None
+)
 PLANNED = {"network": MODEL, "batch_size": 100, "loss": LOSS, "optimizer": npnet.Adam(), "features": 3}
 call("plan", npnet.plan, NotImplementedError, **PLANNED, memory_budget="1 MB", streaming=True, accumulation_steps=1)
 call("plan [strategy]", npnet.plan, NotImplementedError, network=DROPPING, batch_size=10, strategy="sqrt")
 call("plan [every nth]", npnet.plan, NotImplementedError, network=DROPPING, batch_size=10, every_nth=2)
+call("plan [offload]", npnet.plan, NotImplementedError, network=DROPPING, batch_size=10, offload="disk")
 call("tradeoff", npnet.tradeoff, NotImplementedError, **PLANNED, streaming=True)
 call("summary", lambda **o: str(npnet.summary(**o)), NotImplementedError, network=MODEL, batch_size=2, features=3)
 PLAN = npnet.plan(DROPPING, 10)

@@ -126,6 +126,7 @@ call(
     show={"peak": "1 MB"},
     log=True,
 )
+call("fit [offload]", fitted, **FIT, optimizer=npnet.SGD(0.1), offload="disk", log=False)
 call(
     "fit [streaming]",
     fitted,

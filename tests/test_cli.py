@@ -131,6 +131,8 @@ BAD: dict[str, tuple[str, str]] = {
         "train --checkpoint-every two",
         "expected a whole number of layers (0: off), or one of none, sqrt, revolve, offload, got 'two'",
     ),
+    "two schedules": ("train --every 2 --offload disk", "give --offload or --checkpoint-every, not both"),
+    "offload to itself": ("plan --offload host", "offload: activations are in the host's memory already; 'disk' moves"),
     "negative seed": ("compare --seed -3", "--seed: seed: expected a whole number, at least 0, got -3"),
     "unknown backend": ("train --backend tpu", "unknown backend 'tpu'; choose one of 'numpy', 'cupy'"),
     "no CuPy": ("train --backend cupy", "backend 'cupy': the package is missing"),

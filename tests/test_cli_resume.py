@@ -54,6 +54,7 @@ def broken(small: Path, out: Path, *options: Any) -> dict[str, Any]:
         (["--checkpoint-every", 4], {"checkpoint_every": 4}),
         (["--checkpoint-every", "revolve"], {"checkpoint_every": "revolve"}),
         (["--memory-budget", "240 kB", "--no-measure"], {"memory_budget": 240_000, "measure": False}),
+        (["--offload", "disk", "--memory-budget", "300 kB"], {"memory_budget": 300_000, "offload": "disk"}),
         (["--capture", "--stop-on-save-error"], {"capture": True, "stop_on_save_error": True}),
         (["--backend", "numpy"], {"backend": "numpy"}),
     ],
@@ -81,6 +82,9 @@ def test_another_schedule_may_be_given(small: Path, tmp_path: Path, capsys: pyte
     metrics = resumed(small, tmp_path / "b", "--memory-budget", "240 kB", "--no-capture")
     assert (metrics["settings"]["memory_budget"], metrics["settings"]["capture"]) == (240_000, False)
     assert "budget 240 kB" in capsys.readouterr().out
+    broken(small, tmp_path / "c", "--offload", "disk")
+    assert resumed(small, tmp_path / "c", "--checkpoint-every", 2)["settings"]["offload"] is None
+    assert "checkpoints: every 2\n" in capsys.readouterr().out
 
 
 def test_every_setting_is_kept_or_free(small: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ On made-up streams (`tests/streams.py`, which says what they cannot see): each r
 
 import gc
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -159,8 +158,7 @@ def test_in_whatever_order_arrays_come_back_whole_and_what_moves_is_what_is_pric
             actions.append(Action(FETCH, number))
         inside = {*range(1, 13)} - {*out}
         used += [device.default.used_bytes()] * (len(actions) - len(used))
-    chain: Any = SimpleNamespace(activation=[512 * number for number in range(13)], overlapping=True)
-    assert used == [*pricing._moving(actions, chain)]  # type: ignore[arg-type]
+    assert used == [*pricing._moving(actions, [512 * number for number in range(13)])]
     assert not device.streams.astray
 
 
