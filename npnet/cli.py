@@ -113,10 +113,13 @@ def _begun(options: argparse.Namespace) -> tuple[Settings, Saver | None, int]:
             raise ValueError(f"{save} is the save of a training: go on with it (--resume), or train in another --out")
         settings, done = resumed_settings(options, save)
     settings = replace(settings, backend=get_backend(settings.backend).name)
+    every = settings.save_every or 100
+    if saving:
+        settings = replace(settings, save_every=every)
+    if options.out is not None and not (options.resume and save.exists()):
+        settings.check_report(options.out / "metrics.json")
     if not saving:
         return settings, None, done
-    every = settings.save_every or 100
-    settings = replace(settings, save_every=every)
     saver = Saver(
         save,
         every,

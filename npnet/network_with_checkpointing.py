@@ -18,6 +18,9 @@ from npnet.random import RNG
 from npnet.schedule import Schedule
 from npnet.schedules import ScheduleLike
 
+MOST_PLANS = 16
+"""Of batch sizes that a network remembers its plans for."""
+
 
 class NetworkWithCheckpointing(Network):
     """The same network, trained with gradient checkpointing: same gradients, bit for bit, in less memory.
@@ -29,7 +32,7 @@ class NetworkWithCheckpointing(Network):
         schedule: instead of n, a `Schedule`, a name ("none", "sqrt", "revolve", "offload"), a list of actions or a
             function of the depth.
         memory_budget: instead, bytes or "20 MB": the most that a training step may take, as for `npnet.plan`. The
-            cheapest schedule is planned at the first batch, and again when the batch size changes. Data are not
+            cheapest schedule is planned at the first batch, and again for another batch size. Data are not
             counted, nor a copy that is made of data of another dtype; nor what a method of a subclass allocates. On a
             GPU the budget is a limit, too: a step that takes more, by such a method, say, runs out of memory.
 
@@ -86,7 +89,7 @@ class NetworkWithCheckpointing(Network):
     def memory_budget(self, budget: float | str | None) -> None:
         self._memory_budget = None if budget is None else parse_bytes(budget)
         self._limit = HardBudget(self.backend, self._memory_budget, self._counted)
-        self.plan = None
+        self.plan, self._plans = None, dict[tuple[int, bool], Plan]()
         if budget is not None:
             self._every = 0
 
@@ -97,10 +100,13 @@ class NetworkWithCheckpointing(Network):
 
     def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:
         if self.memory_budget is not None:
-            last = self.plan
-            if last is None or (last.batch_size, last.chain.streaming) != (batch_size, streaming):
-                self.plan = plan(self, batch_size, memory_budget=self.memory_budget, streaming=streaming)
-                self._schedule = self.plan.schedule
+            key = batch_size, streaming
+            if key not in self._plans:
+                if len(self._plans) == MOST_PLANS:
+                    self._plans.clear()
+                self._plans[key] = plan(self, batch_size, memory_budget=self.memory_budget, streaming=streaming)
+            self.plan = self._plans[key]
+            self._schedule = self.plan.schedule
         return self._schedule
 
     @property

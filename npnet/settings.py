@@ -1,6 +1,7 @@
 """What ``npnet train`` is told, and what a save keeps of it."""
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,25 @@ class Settings:
             return replace(settings, arch=tuple(settings.arch)), len(said["run"]["history"])
         except (TypeError, KeyError):
             raise SaveError(f"{path}: not saved by npnet train") from None
+
+    def check_report(self, path: Path) -> None:
+        """Refuse to write over the report of a training with other settings.
+
+        Raises:
+            ValueError: ``path`` is such a report, or something else.
+        """
+        if not path.exists():
+            return
+        try:
+            there = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is no report of npnet train: take another --out") from None
+        here = json.loads(json.dumps(asdict(self)))
+        unlike = [name for name in here if name not in there or there[name] != here[name]]
+        if unlike:
+            name = unlike[0]
+            was = f"{name.replace('_', ' ')} {there.get(name)}, not {here[name]}"
+            raise ValueError(f"{path} is the report of another training, with {was}: take another --out")
 
     @property
     def strategy(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import npnet
 from npnet import cli, mnist
 from npnet.archive import read_archive, write_archive
-from npnet.settings import FREE, Settings
+from npnet.settings import FREE, MODERN, Settings
 from tests.test_cli_train import _no_picture as _no_picture
 from tests.test_cli_train import numbers, train
 from tests.test_cli_train import small as small
@@ -139,6 +139,39 @@ def test_the_folder_of_another_training_is_refused(
         "another --out\n"
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "options", [["--seed", 3], ["--checkpoint-every", 2], ["--save-every", 2], ["--save-every", 2, "--resume"]]
+)
+def test_the_report_of_another_training_is_not_written_over(
+    options: list[Any], small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(small, out=tmp_path)
+    assert numbers(train(small, out=tmp_path)) == numbers(first)  # the same again
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    train(small, *options, out=tmp_path, expected=2)
+    name = options[0][2:].replace("-", " ")
+    was = {"seed": 0, "checkpoint every": "sqrt", "save every": None}[name]
+    assert capsys.readouterr().err == (
+        f"npnet train: error: {tmp_path / 'metrics.json'} is the report of another training, with {name} {was}, not "
+        f"{options[1]}: take another --out\n"
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"my notes"', '{"settings": 3}'])
+def test_a_file_of_that_name_is_not_written_over(
+    content: str, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.json").write_text(content)
+    train(small, out=tmp_path, expected=2)
+    assert "metrics.json is no report of npnet train: take another --out\n" in capsys.readouterr().err
+    assert (tmp_path / "metrics.json").read_text() == content
+    (tmp_path / "metrics.json").write_text("not JSON")
+    with pytest.raises(ValueError, match="is no report of npnet train"):
+        MODERN.check_report(tmp_path / "metrics.json")
 
 
 def test_nothing_is_measured_where_nothing_is_left_to_do(

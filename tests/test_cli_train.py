@@ -107,6 +107,7 @@ def test_options_reach_the_training(small: Path, tmp_path: Path, capsys: pytest.
         "backend": "numpy",
         "checkpoint_every": 0,
         "memory_budget": None,
+        "offload": None,
         "capture": False,
         "measure": True,
         "save_every": None,

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from npnet import Network, NetworkWithCheckpointing
+from npnet import Network, NetworkWithCheckpointing, network_with_checkpointing
 from npnet.schedules import every_nth, none, sqrt
 
 SIZES = [4, 5, 6, 5, 3]
@@ -266,3 +266,25 @@ def test_float32_stays_float32_everywhere(options, cost_derivative):
 def test_float32_gradients_are_float64_gradients_rounded():
     for narrow, wide in zip(gradients(make(dtype=np.float32)), gradients(make()), strict=True):
         np.testing.assert_allclose(narrow, wide, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_size_is_planned_for_once(monkeypatch):
+    planned = []
+    right = network_with_checkpointing.plan
+    monkeypatch.setattr(
+        network_with_checkpointing, "plan", lambda net, size, **o: planned.append(size) or right(net, size, **o)
+    )
+    network = NetworkWithCheckpointing([3, 8, 8, 8, 2], memory_budget="20 kB")
+    batch = lambda size: (np.ones((size, 3)), np.ones((size, 2)))  # noqa: E731 - twice
+    schedules = {}
+    for size in (30, 7, 30, 7, 30):
+        network.update_mini_batch(batch(size), 0.1)
+        assert network.plan.batch_size == size
+        assert network.schedule is network.plan.schedule is schedules.setdefault(size, network.schedule)
+    assert planned == [30, 7]
+    network.memory_budget = "30 kB"
+    network.update_mini_batch(batch(30), 0.1)
+    assert (planned, network.plan.memory_budget) == ([30, 7, 30], 30_000)
+    for size in range(1, 40):  # it does not remember more and more
+        network.update_mini_batch(batch(size), 0.1)
+    assert len(network._plans) <= network_with_checkpointing.MOST_PLANS
