@@ -9,10 +9,8 @@ from npnet.archive import SaveError, read_archive
 from npnet.report import describe_sizes
 from npnet.schedule import Place
 
-FREE = (
-    *("checkpoint_every", "memory_budget", "offload"),
-    *("backend", "capture", "measure", "save_every", "stop_on_save_error"),
-)
+SCHEDULE = "checkpoint_every", "memory_budget", "offload"
+FREE = *SCHEDULE, "backend", "capture", "measure", "save_every", "stop_on_save_error"
 """The settings that change no number (but the backend, by rounding): other ones may be given to a resumed training."""
 
 
@@ -56,7 +54,7 @@ class Settings:
             raise SaveError(f"{path}: not saved by npnet train") from None
 
     def check_report(self, path: Path) -> None:
-        """Refuse to write over the report of a training with other settings.
+        """Refuse to write over the report of a training with other numbers, or another schedule, whose costs it has.
 
         Raises:
             ValueError: ``path`` is such a report, or something else.
@@ -68,11 +66,10 @@ class Settings:
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is no report of npnet train: take another --out") from None
         here = json.loads(json.dumps(asdict(self)))
-        unlike = [name for name in here if name not in there or there[name] != here[name]]
-        if unlike:
-            name = unlike[0]
-            was = f"{name.replace('_', ' ')} {there.get(name)}, not {here[name]}"
-            raise ValueError(f"{path} is the report of another training, with {was}: take another --out")
+        for name in here:
+            if (name in SCHEDULE or name not in FREE) and there.get(name) != here[name]:
+                was = f"{name.replace('_', ' ')} {there.get(name)}, not {here[name]}"
+                raise ValueError(f"{path} is the report of another training, with {was}: take another --out")
 
     @property
     def strategy(self) -> dict[str, Any]:

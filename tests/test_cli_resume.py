@@ -142,18 +142,21 @@ def test_the_folder_of_another_training_is_refused(
 
 
 @pytest.mark.parametrize(
-    "options", [["--seed", 3], ["--checkpoint-every", 2], ["--save-every", 2], ["--save-every", 2, "--resume"]]
+    "options",
+    [["--seed", 3], ["--checkpoint-every", 2], ["--offload", "disk"], ["--epochs", 1, "--save-every", 2, "--resume"]],
 )
 def test_the_report_of_another_training_is_not_written_over(
     options: list[Any], small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = train(small, out=tmp_path)
-    assert numbers(train(small, out=tmp_path)) == numbers(first)  # the same again
+    for again in ([], ["--no-measure", "--save-every", 2, "--resume"]):  # the same numbers
+        assert numbers(train(small, *again, out=tmp_path)) == numbers(first)
+    (tmp_path / "save.npz").unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     capsys.readouterr()
     train(small, *options, out=tmp_path, expected=2)
     name = options[0][2:].replace("-", " ")
-    was = {"seed": 0, "checkpoint every": "sqrt", "save every": None}[name]
+    was = {"seed": 0, "checkpoint every": "sqrt", "offload": None, "epochs": 2}[name]
     assert capsys.readouterr().err == (
         f"npnet train: error: {tmp_path / 'metrics.json'} is the report of another training, with {name} {was}, not "
         f"{options[1]}: take another --out\n"
