@@ -10,6 +10,7 @@ Two rules keep the rest of the package free of the question.
 """
 
 import functools
+import importlib
 import os
 import reprlib
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def _load_cupy() -> Backend:
             "backend 'cupy': package and driver are there, a GPU is not (or CUDA_VISIBLE_DEVICES hides it); "
             "use backend 'numpy'"
         )
-    return Backend("cupy", cupy, cupy.ndarray, cupy.asnumpy)
+    return Backend("cupy", cupy, cupy.ndarray, functools.partial(cupy.asnumpy, order="A"))  # in the layout it has
 
 
 _loaders: dict[str, Callable[[], Backend]] = {"numpy": _load_numpy, "cupy": _load_cupy}
@@ -233,6 +234,22 @@ def to_host(x: Any) -> Array:
         except ValueError:
             raise TypeError(f"expected an array, got a ragged {type(x).__name__}") from None
     return backend.to_host(x)
+
+
+def dot(x: Array, y: Array) -> Any:
+    """The product of two vectors, an array without axes; CuPy's own function makes an array of their length first."""
+    if isinstance(x, np.ndarray):
+        return np.dot(x, y)
+    xp = array_module(x)
+    return (importlib.import_module("cupy.cublas") if hasattr(xp, "cuda") else xp).dot(x, y)
+
+
+def straight(*arrays: Array) -> tuple[Array, ...]:
+    """Arrays of one layout as a GPU goes through them fast: along rows. NumPy finds the way itself."""
+    first = arrays[0]
+    if isinstance(first, np.ndarray) or not (hasattr(array_module(first), "cuda") and first.flags.f_contiguous):
+        return arrays
+    return tuple(array.T for array in arrays)
 
 
 @functools.lru_cache(maxsize=64)

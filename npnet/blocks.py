@@ -133,15 +133,22 @@ class LayerNorm(Layer):
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
         x, mean, scale = saved
-        xp, n = array_module(dy), self.features
-        normed = xp.subtract(x, mean)  # (batch, features)
-        xp.multiply(normed, scale, out=normed)
-        self.weight.accumulate(xp.einsum("ij,ij->j", dy, normed))
-        self.bias.accumulate(xp.dot(ones(xp, len(dy), dy.dtype), dy))
-        xp.multiply(dy, self.weight.value, out=dy)
-        along = xp.einsum("ij,ij->i", dy, normed)[:, None] / n  # (batch, 1)
-        xp.multiply(normed, along, out=normed)
+        xp, n, weight, one = (
+            array_module(dy),
+            self.features,
+            self.weight.value,
+            ones(array_module(dy), len(dy), dy.dtype),
+        )
+        product = xp.subtract(x, mean)  # (batch, features)
+        xp.multiply(product, scale, out=product)
+        xp.multiply(product, dy, out=product)  # dy * n
+        self.weight.accumulate(xp.dot(one, product))
+        self.bias.accumulate(xp.dot(one, dy))
+        along = xp.dot(product, weight)[:, None] / n  # (batch, 1): mean(dn * n)
+        xp.multiply(dy, weight, out=dy)
         xp.subtract(dy, dy.mean(axis=1, keepdims=True), out=dy)
+        normed = xp.subtract(x, mean, out=product)  # again: it takes less time than a second array takes memory
+        xp.multiply(normed, scale * along, out=normed)
         xp.subtract(dy, normed, out=dy)
         xp.multiply(dy, scale, out=dy)
         return dy

@@ -31,13 +31,14 @@ class DeviceRanks:
     def __init__(self, xp: Any, rank: int, size: int) -> None:
         try:
             from cupyx.distributed import init_process_group
-        except ImportError as error:
+
+            self._group = init_process_group(size, rank, use_mpi=True)
+        except (ImportError, RuntimeError) as error:
             raise BackendUnavailable(
                 f"several ranks on GPUs need NCCL, which CuPy does not find ({error}): install the package "
                 "nvidia-nccl-cu12 (or -cu13), or train on the CPU"
             ) from error
         self._cuda = xp.cuda
-        self._group = init_process_group(size, rank, use_mpi=True)
         self._stream = xp.cuda.Stream(non_blocking=True)
 
     def start_sum(self, buffer: Array) -> "DeviceSum":

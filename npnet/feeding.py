@@ -27,6 +27,7 @@ class Feed:
 
     def __init__(self, transform: Callable[[Array], Array] | None, backend: Backend) -> None:
         self.transform, self.backend = transform, backend
+        self._ahead: _Ahead | None = None  # once there is something to copy
 
     def __call__(self, rows: Array) -> Array:
         """Rows of x as the model gets them."""
@@ -41,7 +42,8 @@ class Feed:
         first = list(islice(batches, 1))
         batches = chain(first, batches)
         if hasattr(self.backend.xp, "cuda") and any(isinstance(array, np.ndarray) for pair in first for array in pair):
-            batches = _ahead(batches, self.backend.xp)
+            self._ahead = self._ahead or _Ahead(self.backend.xp)
+            batches = self._ahead.pairs(batches)
         return made_uncounted((self(x), self._moved(y)) for x, y in batches)
 
 
@@ -74,21 +76,24 @@ class _Slot:
         return target
 
 
-def _ahead(batches: Iterator[Pair], xp: Any) -> Iterator[Pair]:
-    """The batches on the device, each ordered before the one before it is given away."""
-    stream = xp.cuda.Stream(non_blocking=True)
-    slots = cycle([_Slot(xp), _Slot(xp)])
-    ordered: tuple[Pair, Any] | None = None
-    try:
-        for pair in batches:
-            before, slot = ordered, next(slots)
-            ordered = slot.copy(pair, stream), slot.free
-            if before is not None:
-                yield _arrived(before, xp)
-        if ordered is not None:
-            yield _arrived(ordered, xp)
-    finally:
-        stream.synchronize()  # the memory is read until then
+class _Ahead:
+    """The stream of the copies, and memory for two batches: the same ones for all epochs."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp, self.stream, self.slots = xp, xp.cuda.Stream(non_blocking=True), (_Slot(xp), _Slot(xp))
+
+    def pairs(self, batches: Iterator[Pair]) -> Iterator[Pair]:
+        """The batches on the device, each ordered before the one before it is given away."""
+        ordered: tuple[Pair, Any] | None = None
+        try:
+            for pair, slot in zip(batches, cycle(self.slots), strict=False):
+                before, ordered = ordered, (slot.copy(pair, self.stream), slot.free)
+                if before is not None:
+                    yield _arrived(before, self.xp)
+            if ordered is not None:
+                yield _arrived(ordered, self.xp)
+        finally:
+            self.stream.synchronize()  # the memory is read until then
 
 
 def _arrived(ordered: tuple[Pair, Any], xp: Any) -> Pair:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from npnet.backend import Array, array_module
+from npnet.backend import Array, array_module, straight
 from npnet.layer import Layer, Parameter
 from npnet.layers import Sequential
 from npnet.losses import TrainingDiverged
@@ -140,7 +140,8 @@ class GradientSums:
             order: Any = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
             flat = self._buffers[self._filling][self._used : self._used + value.size]
             view = flat.reshape(value.shape, order=order)
-            view[...] = gradient
+            target, source = straight(view, gradient)
+            target[...] = source
             self._parts.append(Part(parameter, view, None if self._update else gradient))
             self._used += value.size
         self._waiting.append(layer)
@@ -185,7 +186,8 @@ class GradientSums:
             if gradient is None:
                 parameter.gradient = view
             else:
-                gradient[...] = view
+                target, source = straight(gradient, view)
+                target[...] = source
                 parameter.gradient = gradient
         if self._update is not None:
             for layer in layers:

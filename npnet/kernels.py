@@ -25,6 +25,9 @@ NEUTRAL = {"add": "0", "maximum": "-1 / ({})0"}
 MOST_NUMBERS = 2**31
 """Of an array: elements are counted in 32 bits, which a GPU divides several times faster than 64."""
 
+MOST_BLOCKS = 2048
+"""Of a launch, for each array: enough for a GPU. Else a bias would be given as many as its weight, most of them idle."""
+
 MOST_PARTS = 64
 """Arrays of each kind that one launch goes through, at most: a kernel's arguments are 4 kB."""
 
@@ -88,10 +91,10 @@ class Kernel:
         return "i" if not vector else "c" if self.row_by_row else "i % columns"
 
     def _flat(self, reads: list[str], writes: list[str]) -> list[str]:
-        """A thread for each element."""
-        lines = [line.text for line in self.trace.lines]
-        thread = "unsigned int i = blockIdx.x * blockDim.x + threadIdx.x;"
-        return [thread, "if (i >= n) return;", *reads, *lines, *writes]
+        """A thread for each element, or for several far apart."""
+        inside = [*reads, *(line.text for line in self.trace.lines), *writes]
+        each = "unsigned int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x"
+        return [f"for ({each}) {{", *(f"    {text}" for text in inside), "}"]
 
     def _row_by_row(self, reads: list[str], writes: list[str], last: int) -> list[str]:
         """LANES threads, side by side, for each row."""
@@ -151,7 +154,7 @@ class Kernel:
         n, numbers = first.size, tuple(map(self._factor_kind, factors))
         if not self.row_by_row:
             if n:
-                self.compiled((-(-n // 256),), (256,), (np.uint32(n), np.uint32(columns), *arrays, *numbers))
+                self.compiled((_blocks(n),), (256,), (np.uint32(n), np.uint32(columns), *arrays, *numbers))
             return None
         n, totals = len(first), len(self.trace.totals)
         partial: Any = [array_module(first).empty((totals, n), first.dtype)] if totals else []
@@ -167,5 +170,10 @@ class Kernel:
         )
         packed += bytes(len(packed) // len(parts) * (self.parts - len(parts)))
         by_value = np.frombuffer(packed, f"V{len(packed)}")  # CuPy passes an array of size one by value
-        grid = -(-max(sizes) // 256), len(parts)
+        grid = _blocks(max(sizes)), len(parts)
         self.compiled(grid, (256,), (by_value, *map(self._factor_kind, factors)))
+
+
+def _blocks(n: int) -> int:
+    """Of 256 threads, for n elements."""
+    return min(-(-n // 256), MOST_BLOCKS)

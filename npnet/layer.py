@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from npnet.backend import Array, array_module, backend_of, to_backend, to_host
+from npnet.backend import Array, array_module, backend_of, straight, to_backend, to_host
 from npnet.checks import check_flag
 from npnet.savable import Savable
 
@@ -44,7 +44,8 @@ class Parameter:
         if self.gradient is None:
             self.gradient = gradient
         else:
-            self.gradient += gradient
+            mine, more = straight(self.gradient, gradient)
+            mine += more
 
     def take_gradient(self) -> Array:
         """The gradient, which from then on is no longer the parameter's."""

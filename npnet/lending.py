@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from npnet.backend import Array
+from npnet.backend import Array, array_module
 from npnet.checks import check_list, check_whole
 from npnet.layer import Parameter
 from npnet.losses import check_finite
@@ -126,7 +126,10 @@ class Lender:
         for index, gradient in enumerate(check_list(gradients, len(self.parameters), name)):
             matrix = self._fitting(index, gradient, name)
             check_finite(matrix.sum(), f"a sum over {name}[{index}]")
-            stepped.append(as_matrix(self.parameters[index].value) - matrix * rate)
+            weight = as_matrix(self.parameters[index].value)
+            xp, new = array_module(weight), array_module(weight).empty_like(weight)  # in its layout
+            xp.multiply(matrix, rate, out=new)
+            stepped.append(xp.subtract(weight, new, out=new))
         return stepped
 
     def replace_all(self, arrays: Iterable[Any]) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from npnet.backend import Array, array_module, backend_of
+from npnet.backend import Array, array_module, backend_of, dot
 from npnet.checks import check_one_hot, check_pairs, check_rows, check_whole
 
 
@@ -132,7 +132,7 @@ class _SquaredError(_ByFormula):
         xp = array_module(output)
         difference = xp.subtract(output, target)  # (batch, features)
         flat = difference.ravel()
-        value = xp.dot(flat, flat) * scale * 0.5
+        value = dot(flat, flat) * scale * 0.5
         xp.multiply(difference, scale, out=difference)
         return value, difference
 
@@ -168,7 +168,7 @@ class SoftmaxCrossEntropy(_ByFormula):
         shifted = xp.subtract(output, output.max(axis=1, keepdims=True))  # (batch, classes)
         exp = xp.exp(shifted)
         total = exp.sum(axis=1, keepdims=True)  # (batch, 1)
-        value = (xp.log(total).sum() - xp.dot(target.ravel(), shifted.ravel())) * scale
+        value = (xp.log(total).sum() - dot(target.ravel(), shifted.ravel())) * scale
         xp.divide(exp, total, out=exp)
         xp.subtract(exp, target, out=exp)
         xp.multiply(exp, scale, out=exp)
@@ -203,7 +203,7 @@ class BCEWithLogits(_ByFormula):
         xp.negative(small, out=small)
         xp.exp(small, out=small)  # e^-|z|, in (0, 1]
         softplus = xp.log1p(small).sum() + xp.maximum(output, 0).sum()
-        value = (softplus - xp.dot(output.ravel(), target.ravel())) * scale
+        value = (softplus - dot(output.ravel(), target.ravel())) * scale
         gradient = xp.minimum(output, 0)
         xp.exp(gradient, out=gradient)
         xp.add(small, 1, out=small)

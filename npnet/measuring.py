@@ -9,7 +9,7 @@ import tracemalloc
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from npnet.backend import Array, backend_of
+from npnet.backend import Array, array_module, backend_of
 from npnet.checks import check_flag, check_kind, check_number, check_whole
 from npnet.layer import Layer, Parameter, Saved, needs_saved
 from npnet.layers import Sequential
@@ -70,7 +70,8 @@ def step_costs(
     check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
     check_kind(schedules, Iterable, "schedules", "[npnet.schedules.none(3)]")  # type: ignore[type-abstract]
     plans = [check_kind(each, Schedule, "schedules", "npnet.schedules.none(3)") for each in schedules]
-    backend = backend_of(x).name
+    backend, xp = backend_of(x).name, array_module(x)
+    wait = xp.cuda.runtime.deviceSynchronize if hasattr(xp, "cuda") else lambda: None  # it goes on behind the calls
     rounds = check_whole(rounds, "rounds", least=1)
     end = math.inf if seconds is None else start + check_number(seconds, "seconds")
     log = check_flag(log, "log")
@@ -91,6 +92,7 @@ def step_costs(
     def timed(plan: Schedule, own_model: Sequential, own_optimizer: Optimizer) -> float:
         start = time.perf_counter()
         train_step(own_model, loss, own_optimizer, plan, x, y)
+        wait()
         return time.perf_counter() - start
 
     times: list[list[float]] = []  # a round, and in it a schedule

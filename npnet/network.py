@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npnet import schedules
-from npnet.backend import Array, array_module, get_backend, to_backend
+from npnet.backend import Array, array_module, dot, get_backend, straight, to_backend
 from npnet.checkpoint import Restore, backpropagate, clear_gradients
 from npnet.checks import (
     check_array,
@@ -209,8 +209,8 @@ class Network(Savable):
             derivative = self._array(self.cost_derivative(output.T, y.T), "cost_derivative").T
             if derivative.shape != output.shape:
                 raise ValueError(f"cost_derivative: expected shape {output.T.shape}, got {derivative.T.shape}")
-            flat = derivative.ravel()
-            check_finite(array_module(flat).dot(flat, flat))
+            flat = derivative.ravel(order="K")
+            check_finite(dot(flat, flat))
             return derivative * factor
 
         clear_gradients(self.layers)
@@ -321,5 +321,5 @@ class Network(Savable):
 def _descend(layer: Layer) -> None:
     """w <- w - g for each parameter of the layer."""
     for parameter in layer.parameters():
-        weight = parameter.writable()
-        array_module(weight).subtract(weight, parameter.take_gradient(), out=weight)
+        weight, gradient = straight(parameter.writable(), parameter.take_gradient())
+        array_module(weight).subtract(weight, gradient, out=weight)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from npnet.backend import Array, array_module, backend_of, to_backend, to_host
+from npnet.backend import Array, array_module, backend_of, dot, straight, to_backend, to_host
 from npnet.checks import check_kind, check_mapping, check_number, shown
 from npnet.layer import Parameter
 from npnet.losses import check_finite
@@ -100,7 +100,9 @@ class Optimizer:
         weights = [self._allocate(parameter) for parameter in ready]
         if self.weight_decay:
             for parameter, weight in zip(ready, weights, strict=True):
-                parameter.accumulate(array_module(weight).multiply(weight, self.weight_decay))
+                xp, decay = array_module(weight), array_module(weight).empty_like(weight)
+                xp.multiply(straight(weight)[0], self.weight_decay, out=straight(decay)[0])
+                parameter.accumulate(decay)
         return ready
 
     def _allocate(self, parameter: Parameter) -> Array:
@@ -302,10 +304,10 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     for gradient in gradients:
         flat = gradient.ravel(order="K")
         with np.errstate(over="ignore", invalid="ignore"):  # found below
-            squares = array_module(flat).dot(flat, flat).astype(np.float64) + squares
+            squares = dot(flat, flat).astype(np.float64) + squares
     norm = check_finite(math.sqrt(float(squares)), "the norm of the gradient")  # on a device the one wait
     if norm > max_norm:
-        for gradient in gradients:
+        for (gradient,) in map(straight, gradients):
             gradient *= max_norm / norm
     return norm
 

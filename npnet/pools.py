@@ -153,7 +153,8 @@ def made_uncounted(items: Iterator[T]) -> Iterator[T]:
 
 def pinned_bytes(xp: Any, count: int) -> Array:
     """So many bytes of the host's memory, which the device reads and writes by itself while the host goes on."""
-    return np.frombuffer(xp.cuda.alloc_pinned_memory(max(count, 1)), np.uint8, count)
+    memory = xp.cuda.PinnedMemory(max(count, 1))  # CuPy's pool would take the next power of two
+    return np.frombuffer(xp.cuda.PinnedMemoryPointer(memory, 0), np.uint8, count)
 
 
 def peak_of_pools(xp: Any, call: Callable[[], Any]) -> tuple[Any, int, int, int, int]:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from npnet.backend import Array, array_module, backend_of
+from npnet.backend import Array, array_module, backend_of, straight
 from npnet.checkpoint import Checkpoint
 from npnet.checks import (
     all_finite,
@@ -138,13 +138,13 @@ class HalfProducts(Stored):
         before = [(parameter.value, parameter.gradient) for parameter in parameters]
         try:
             for parameter in parameters:
-                parameter.value, parameter.gradient = parameter.value.astype(self.dtype, order="K"), None
+                parameter.value, parameter.gradient = _cast(parameter.value, self.dtype), None
             yield
         finally:
             for parameter, (value, gradient) in zip(parameters, before, strict=True):
                 fresh, parameter.value, parameter.gradient = parameter.gradient, value, gradient
                 if fresh is not None:
-                    parameter.accumulate(fresh.astype(self.single, order="K"))
+                    parameter.accumulate(_cast(fresh, self.single))
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         array_module(x)  # refuses what is no array
@@ -176,6 +176,11 @@ class HalfProducts(Stored):
             forward_bytes=weights + last + (0 if needs_dx else x),
             backward_bytes=half.output_bytes + last + weights + half.backward_bytes + abs(dx),
         )
+
+
+def _cast(array: Array, dtype: np.dtype[Any]) -> Array:
+    """The array in another dtype, in the layout that it has."""
+    return array.T.astype(dtype).T if array.flags.f_contiguous else array.astype(dtype)
 
 
 def _mapped(function: Callable[[Any], Any], saved: Any) -> Any:
@@ -266,7 +271,7 @@ class GradScaler:
         given = check_parameters(parameters)
         self._unscaled = True
         gradients = [parameter.gradient for parameter in given if parameter.gradient is not None]
-        for gradient in gradients:
+        for (gradient,) in map(straight, gradients):
             gradient *= 1 / self._scale
         finite = all_finite(gradients)
         self._finite = finite and self._finite is not False

@@ -14,6 +14,8 @@ import pytest
 import npnet
 from tests.classic_code import load_classic
 
+collect_ignore = ["rank_work.py"]  # no tests in it, and it needs an MPI
+
 
 @pytest.fixture(scope="session")
 def classic():

@@ -7,6 +7,8 @@ guard does NumPy's arithmetic, bit for bit, on arrays that NumPy itself does not
 * `DeviceArray` wraps an array. It is *not* a subclass of np.ndarray: NumPy would take that for its own.
 * `GuardModule` is the array module, the ``xp`` of npnet. ``xp.asarray`` is the one way in, ``xp.asnumpy`` the one out.
 * ``syncs`` counts, by cause, how often the host would have waited for the device.
+* What CuPy 14 makes in rows, where NumPy keeps the columns of its operands, is in rows; and the arrays that it makes on
+  the way and NumPy does not are made here, too, so that they are counted (tests/pool.py).
 
 >>> with install_guard() as xp:
 ...     x = registry.to_backend(np.ones(3), "guard")
@@ -98,7 +100,10 @@ class DeviceArray:
         refused = set(kwargs) - set(METHODS[name].split())
         if refused:
             raise TypeError(f"CuPy's {name}() takes no keyword {', '.join(sorted(refused))}")
+        whole = name in ("all", "any", "max", "min", "sum") and not args and kwargs.get("axis") is None
+        aside = DeviceArray(self._data.copy()) if whole and not self._data.flags.c_contiguous else None
         result = getattr(self._data, name)(*_unwrap(args), **_unwrap(kwargs))
+        del aside
         return _wrap(result, *kwargs.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceArray":
@@ -119,10 +124,10 @@ class DeviceArray:
         self._data[_unwrap(key)] = _operand(value)
 
     def __invert__(self) -> "DeviceArray":
-        return DeviceArray(np.asarray(~self._data))
+        return DeviceArray(np.asarray(~self._data, order="C"))
 
     def __neg__(self) -> "DeviceArray":
-        return DeviceArray(np.asarray(-self._data))
+        return DeviceArray(np.asarray(-self._data, order="C"))
 
     def _waits(self, cause: str) -> np.ndarray:
         self.syncs[cause] += 1
@@ -189,7 +194,9 @@ def _wrap(result: Any, *given: Any) -> Any:
 
 
 def _add_operators(name: str, reflected_too: bool) -> None:
-    function = getattr(operator, f"__{name}__")
+    def function(*operands: Any) -> np.ndarray:
+        return np.asarray(getattr(operator, f"__{name}__")(*operands), order="C")
+
     setattr(DeviceArray, f"__{name}__", lambda self, other: _wrap(function(self._data, _operand(other))))
     if reflected_too:
         in_place = getattr(operator, f"__i{name}__")
@@ -211,9 +218,14 @@ class GuardModule:
         self.keywords_used: defaultdict[str, set[str]] = defaultdict(set)
         self.syncs = DeviceArray.syncs
 
-    def asnumpy(self, x: Any) -> np.ndarray:
+    def asnumpy(self, x: Any, order: Any = "C") -> np.ndarray:
         """A copy of ``x`` on the host: the explicit way out."""
-        return x._waits("asnumpy").copy() if isinstance(x, DeviceArray) else np.asarray(x)
+        if not isinstance(x, DeviceArray):
+            return np.asarray(x)
+        aside = DeviceArray(x._data.copy()) if order == "C" and not x._data.flags.c_contiguous else None
+        result = x._waits("asnumpy").copy(order=order)
+        del aside
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copy and pickle ask for those
@@ -237,7 +249,14 @@ class GuardModule:
             numpy_args = _unwrap(args, way_in=name in ("array", "asarray"))
         if name in WAITING:
             self.syncs[name] += 1
+        if name == "einsum" and args[0] != "ij,ij->i":
+            raise TypeError(f"CuPy's einsum copies what {args[0]} does not sum along rows: take other products")
+        vectors = name == "dot" and args[0].ndim == args[1].ndim == 1
+        aside = DeviceArray(numpy_args[0] * numpy_args[1]) if vectors else None
         result = function(*numpy_args, **_unwrap(kwargs))
+        del aside
+        if isinstance(function, np.ufunc) and len(args) == function.nin and "out" not in kwargs:
+            result = np.asarray(result, order="C")
         return _wrap(np.asarray(result) if name in HOST_ANSWERS else result, *args, *kwargs.values())
 
 
@@ -252,6 +271,7 @@ def install_guard() -> Iterator[GuardModule]:
         patch.dict(registry._by_type),
         patch.object(registry, "_current", registry._current),
     ):
-        registry.register_backend("guard", lambda: registry.Backend("guard", xp, DeviceArray, xp.asnumpy))
+        to_host = partial(xp.asnumpy, order="A")
+        registry.register_backend("guard", lambda: registry.Backend("guard", xp, DeviceArray, to_host))
         registry.get_backend("guard")  # loaded: from here on npnet knows the array when it sees one
         yield xp

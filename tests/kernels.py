@@ -21,6 +21,7 @@ HEADER = """#include <stdbool.h>
 typedef struct {long long x, y;} Index;
 static const Index blockDim = {LANES};
 static _Thread_local Index blockIdx, threadIdx;
+static Index gridDim;
 static pthread_barrier_t step;
 static double shown[LANES];
 static double exchanged(double value, int distance) {
@@ -45,6 +46,7 @@ static void* thread(void* number) {
 void run(long long x, long long threads, long long y, %(parameters)s) {
     blocks = x * threads / (LANES > 1 ? 32 : 1), ys = y;  // as many rows as 32 threads each can do
     %(copies)s
+    gridDim.x = blocks, gridDim.y = ys;
     pthread_barrier_init(&step, NULL, LANES);
     pthread_t others[LANES];
     for (long long i = 1; i < LANES; i++) pthread_create(&others[i], NULL, thread, (void*)i);

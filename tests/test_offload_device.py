@@ -263,6 +263,6 @@ def test_where_there_is_no_pinned_memory_it_is_said(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
 
     array = npnet.to_backend(X, "cupy")
-    monkeypatch.setattr(npnet.get_backend("cupy").xp.cuda, "alloc_pinned_memory", none_left)
+    monkeypatch.setattr(npnet.get_backend("cupy").xp.cuda, "PinnedMemory", none_left)
     with pytest.raises(OffloadError, match=r"no pinned memory on the host for 1120 bytes \(cudaErrorMemoryAllocation"):
         Store().put(1, array)
