@@ -26,7 +26,7 @@ MOST_NUMBERS = 2**31
 """Of an array: elements are counted in 32 bits, which a GPU divides several times faster than 64."""
 
 MOST_BLOCKS = 2048
-"""Of a launch, for each array: enough for a GPU. Else a bias would be given as many as its weight, most of them idle."""
+"""Of a launch, for each array: enough for a GPU. Else a bias would get as many as its weight, most of them idle."""
 
 MOST_PARTS = 64
 """Arrays of each kind that one launch goes through, at most: a kernel's arguments are 4 kB."""

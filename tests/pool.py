@@ -287,17 +287,12 @@ class DeviceModule(GuardModule):
         return self.device.default
 
 
-_references: dict[int, weakref.ref[np.ndarray]] = {}
-"""To all arrays that are accounted for: as weakref.finalize, which takes twice the time."""
-
-
 def accounting(device: Device) -> Callable[[np.ndarray], None]:
     """Takes the bytes of each array from the current allocator, once, and gives them back when it is gone."""
-    known: set[int] = set()
+    known: dict[int, weakref.ref[np.ndarray]] = {}  # weakref.finalize would take twice the time
 
     def gone(key: int, memory: Memory, _: Any) -> None:
-        del _references[key]
-        known.discard(key)
+        del known[key]
         memory.free()
 
     def account(data: np.ndarray) -> None:
@@ -305,8 +300,7 @@ def accounting(device: Device) -> Callable[[np.ndarray], None]:
             data = data.base
         if id(data) not in known:
             memory = device.allocators[-1](data.nbytes)
-            known.add(id(data))
-            _references[id(data)] = weakref.ref(data, partial(gone, id(data), memory))
+            known[id(data)] = weakref.ref(data, partial(gone, id(data), memory))
 
     return account
 
@@ -341,9 +335,24 @@ def install_device(total: int = 8 * GIB, raw_kernel: Any = None) -> Iterator[Dev
 
 
 @contextmanager
+def _modules(stand_ins: dict[str, Any]) -> Iterator[None]:
+    """Put these modules in place. (patch.dict would forget others imported meanwhile: then PyTorch crashes.)"""
+    before = {name: sys.modules.get(name) for name in stand_ins}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+@contextmanager
 def _installed(device: Device, module: DeviceModule) -> Iterator[None]:
     with (
-        patch.dict(sys.modules, {"cupy": module, "cupy.cublas": CUBLAS, "cupyx.scipy.special": SPECIAL}),
+        _modules({"cupy": module, "cupy.cublas": CUBLAS, "cupyx.scipy.special": SPECIAL}),
         patch.dict(registry._loaders),
         patch.dict(registry._loaded),
         patch.dict(registry._by_type),

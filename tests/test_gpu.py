@@ -278,6 +278,34 @@ def test_the_benchmark_runs(real: bool, tmp_path: Path, capsys: pytest.CaptureFi
     assert "npnet plain" in capsys.readouterr().out
 
 
+def test_what_fails_in_the_benchmark_says_so_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with install_device():
+        peak, step, steps = gpu.Npnet.peak, gpu.Npnet.step, list[str]()
+
+        def failing_peak(self: gpu.Npnet, plan: npnet.Plan) -> dict[str, Any]:
+            if plan.schedule.name == "plain":
+                raise MemoryError("no room")
+            return peak(self, plan)
+
+        def failing_step(self: gpu.Npnet, plan: npnet.Plan) -> None:
+            steps.append(plan.schedule.name)
+            if plan.schedule.name == "offload" and steps.count("offload") == 6:
+                raise RuntimeError("the seventh")
+            step(self, plan)
+
+        monkeypatch.setattr(gpu.Npnet, "peak", failing_peak)
+        monkeypatch.setattr(gpu.Npnet, "step", failing_step)
+        rows = {row["contender"]: row for row in gpu.compare("tiny", "float32", 0.0)}
+        assert rows["npnet plain"]["failed"] == "MemoryError: no room"
+        assert rows["npnet plain"]["ms"] > 0
+        assert rows["npnet offload"]["failed"] == "RuntimeError: the seventh"
+        assert "ms" not in rows["npnet offload"]
+        assert {"ms", "peak bytes"} <= rows["npnet sqrt"].keys()
+        monkeypatch.setattr(gpu.Npnet, "__init__", lambda *_: 1 / 0)
+        (row,) = gpu.compare("tiny", "float32", 0.0)
+        assert "ZeroDivisionError" in row["failed"]
+
+
 def test_without_a_gpu_the_benchmark_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

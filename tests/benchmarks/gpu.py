@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ class Torch:
         for n, m in itertools.pairwise(sizes):
             layers += [torch.nn.Linear(n, m), torch.nn.ReLU()]
         self.torch, model = torch, torch.nn.Sequential(*layers[:-1]).to(device)
-        self.optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+        self.optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=device == "cuda")  # one launch, as npnet's
         self.scaler = torch.amp.GradScaler(device, enabled=mode == "half")
         self.x, self.y = (torch.from_numpy(array).to(device) for array in batch)
         segments = round(math.sqrt(len(sizes) - 1))
@@ -135,6 +135,8 @@ class Torch:
                 )
             return torch.nn.functional.cross_entropy(output.float(), y)
 
+        if how == "compile":
+            torch._dynamo.reset()  # after eight models it would go on uncompiled
         self.loss: Callable[[Any, Any], Any] = torch.compile(loss) if how == "compile" else loss
 
     def step(self) -> None:
@@ -179,33 +181,58 @@ def contenders(sizes: tuple[int, ...], own: Npnet, mode: str) -> dict[str, Calla
     return found
 
 
-def compare(network: str, mode: str, until: float) -> list[dict[str, Any]]:
-    """A row per contender; what fails says so, and does not end the others' measurement."""
+def tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it says, or why it does not: one failure does not end the others' measurement."""
+    try:
+        return work()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def compare(network: str, mode: str, until: float) -> Iterator[dict[str, Any]]:
+    """A row per contender, as it is known."""
     sizes, batch = NETWORKS[network]
-    own = Npnet(sizes, batch, mode)
     wait = npnet.get_backend("cupy").xp.cuda.runtime.deviceSynchronize
     about = {"network": network, "mode": mode}
-    rows: list[dict[str, Any]] = [{**about, "contender": "check", **own.check(mode)}]
+    made: list[Npnet] = []
+    failed = tried(lambda: made.append(Npnet(sizes, batch, mode)) or {})
+    if not made:
+        yield {**about, "contender": "npnet", **failed}
+        return
+    (own,) = made
+    yield {**about, "contender": "check", **tried(lambda: own.check(mode))}
     steps: dict[str, Step] = {}
+
+    def begun(name: str, make: Callable[[], Step]) -> dict[str, Any]:
+        step, peak = make()
+        for _ in range(3):  # kernels are compiled, memory is taken
+            step()
+        wait()
+        steps[name] = step, peak
+        return {}
+
+    def timed(name: str) -> dict[str, Any]:
+        wait()
+        start = time.perf_counter()
+        steps[name][0]()
+        wait()
+        times[name].append(time.perf_counter() - start)
+        return {}
+
     for name, make in contenders(sizes, own, mode).items():
-        try:
-            step, peak = make()
-            for _ in range(3):  # kernels are compiled, memory is taken
-                step()
-            wait()
-            steps[name] = step, peak
-        except Exception as error:
-            rows.append({**about, "contender": name, "failed": f"{type(error).__name__}: {error}"[:300]})
+        failed = tried(functools.partial(begun, name, make))
+        if failed:
+            yield {**about, "contender": name, **failed}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle, rounds = list(steps), random.Random(0).shuffle, 0
-    while order and (rounds < 5 or (time.perf_counter() < until and rounds < 200)):
+    shuffle, rounds = random.Random(0).shuffle, 0
+    while steps and (rounds < 5 or (time.perf_counter() < until and rounds < 200)):
+        order = list(steps)
         shuffle(order)
         for name in order:
-            wait()
-            start = time.perf_counter()
-            steps[name][0]()
-            wait()
-            times[name].append(time.perf_counter() - start)
+            failed = tried(functools.partial(timed, name))
+            if failed:
+                del steps[name], times[name]
+                yield {**about, "contender": name, **failed}
         rounds += 1
     for name, taken in times.items():
         row: dict[str, Any] = {**about, "contender": name, "ms": round(1e3 * statistics.median(taken), 3)}
@@ -214,8 +241,7 @@ def compare(network: str, mode: str, until: float) -> list[dict[str, Any]]:
             if base in times:
                 ratios = [mine / theirs for mine, theirs in zip(taken, times[base], strict=True)]
                 row[f"/ {base}"] = round(statistics.median(ratios), 3)
-        rows.append(row | steps[name][1]())
-    return rows
+        yield row | tried(steps[name][1])
 
 
 def environment() -> dict[str, Any]:
@@ -236,20 +262,20 @@ def environment() -> dict[str, Any]:
 
 
 def parts(options: argparse.Namespace) -> dict[str, Any]:
-    """All networks in the modes of this process; written after each, so that a limit of time costs only the rest."""
+    """All networks in the modes of this process; each row is written at once: a limit of time costs only the rest."""
     rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
     modes, networks = options.modes.split(","), options.networks.split(",")
     begin, share = time.perf_counter(), options.seconds / (len(modes) * len(networks))
     for number, (mode, network) in enumerate((mode, network) for mode in modes for network in networks):
         until = begin + (number + 0.7) * share  # peaks and the next one's kernels take the rest
-        rows += compare(network, mode, until)
-        found = {"environment": environment(), "rows": rows}
-        for row in rows:
-            if (row["network"], row["mode"]) == (network, mode):
-                print("  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
+        for row in compare(network, mode, until):
+            print("  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
+            rows.append(row)
+            found = {"environment": environment(), "rows": rows}
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1))
         print(flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=1))
     return found
 
 
@@ -278,11 +304,12 @@ def main(arguments: list[str] | None = None) -> int:
         found = parts(options)
     for mode in alone:
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "rows.json"
+            file = options.json.with_suffix(f".{mode}.json") if options.json else Path(folder) / "rows.json"
             own = ["--modes", mode, "--networks", options.networks, "--seconds", str(share), "--json", str(file)]
             command = [sys.executable, "-m", "tests.benchmarks.gpu", *own]
             subprocess.run(command, env={**os.environ, "CUPY_TF32": "1"}, check=False)
             found["rows"] += json.loads(file.read_text())["rows"] if file.exists() else []
+            file.unlink(missing_ok=True)
     found["environment"] = environment()
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
