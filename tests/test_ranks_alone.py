@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import npnet
 from npnet import Dense, SoftmaxCrossEntropy, fit, launch, plan
-from npnet.backend import BackendUnavailable
 from npnet.batching import batches
 from npnet.blocks import keep_mask
 from npnet.device_ranks import DeviceRanks, take_device
