@@ -14,8 +14,9 @@ from npnet.layer import Layer
 from npnet.losses import TrainingDiverged
 from npnet.memory import format_bytes
 from npnet.optimal import smallest_budget
-from npnet.planner import HasLayers, plan
+from npnet.planner import plan
 from npnet.plans import MOST_LAYERS
+from npnet.pricing import HasLayers
 from npnet.random import next_step, one_step
 from npnet.ranks import RankDiverged
 from npnet.schedule import Schedule

@@ -270,6 +270,18 @@ class InPlaceLayer(Layer):
         raise NotImplementedError(f"{type(self).__name__}.backward_")
 
 
+def costs_of(layers: Sequence[Layer], shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool) -> list[LayerCost]:
+    """What each layer of a chain takes for a batch; arguments, of the first layer, and errors as for `Layer.cost`."""
+    costs: list[LayerCost] = []
+    for number, layer in enumerate(layers):
+        try:
+            costs.append(layer.cost(shape, dtype, needs_dx or number > 0))
+        except ShapeError as error:
+            raise error.within(str(number)) from None
+        shape = costs[-1].output_shape
+    return costs
+
+
 def needs_saved(layers: Sequence[Layer]) -> frozenset[int]:
     """The numbers, from 1, of the layers whose backward pass needs more than their input and output."""
     return frozenset(number for number, layer in enumerate(layers, 1) if not layer.output_suffices)

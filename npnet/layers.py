@@ -10,7 +10,7 @@ from npnet.activations import INITIALIZERS, Activation, as_activation
 from npnet.backend import Array, array_module, backend_of, get_backend, ones, to_backend
 from npnet.checks import check_array, check_float, check_room, check_sizes, check_whole, shown
 from npnet.initializers import Initializer, as_initializer, xavier_normal
-from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError, both
+from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError, both, costs_of
 from npnet.random import RNG, as_generator
 
 
@@ -194,13 +194,7 @@ class Sequential(Layer):
         return gradient
 
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
-        costs: list[LayerCost] = []
-        for number, layer in enumerate(self.layers):
-            try:
-                costs.append(layer.cost(shape, dtype, needs_dx or number > 0))
-            except ShapeError as error:
-                raise error.within(str(number)) from None
-            shape = costs[-1].output_shape
+        costs = costs_of(self.layers, shape, dtype, needs_dx)
         saved = passing = forward_bytes = backward_bytes = gradients = dx = 0
         for cost, above in zip(costs, [*costs[1:], None], strict=True):
             if above is None:
@@ -218,7 +212,7 @@ class Sequential(Layer):
             if number and not costs[number].in_place:
                 dx = costs[number - 1].dy_bytes  # the gradient between the two
         return LayerCost(
-            shape,
+            costs[-1].output_shape,
             costs[-1].output_bytes,
             saved,
             max(forward_bytes, saved),

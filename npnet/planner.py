@@ -1,21 +1,19 @@
 """Planning: what a training step will take, before it runs, and the cheapest schedule for a budget in bytes."""
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from npnet import schedules
-from npnet.checks import check_flag, check_kind, check_whole, shown
-from npnet.layer import Layer
+from npnet.checks import check_whole, shown
 from npnet.losses import Loss
 from npnet.memory import format_bytes, parse_bytes
 from npnet.offload import check_elsewhere
 from npnet.optimal import Optimum, exact_unit, remainders, smallest_budget
 from npnet.optimizers import Optimizer
 from npnet.plans import MOST_LAYERS, InfeasibleBudget, Plan, describe_moment, remedies
-from npnet.pricing import Chain, chain_of, check_saves
+from npnet.pricing import Chain, HasLayers, chain_of, check_saves
 from npnet.schedule import Place, Schedule, check_place
 from npnet.schedules import ScheduleLike
 
@@ -27,19 +25,8 @@ MOST_CELLS = 20_000_000
 MOST_POINTS = 200
 """Plans on a trade-off curve."""
 
-MOST_FLOPS = 10**18
-"""Of a step: bytes are counted in 64 bits."""
-
 MOST_CURVE_CELLS = 10_000_000_000
-"""Steps of the dynamic program that a trade-off curve may take: of that depend how many remainders are tried."""
-
-
-class HasLayers(Protocol):
-    """What can be planned: `npnet.Sequential`, `npnet.Network`."""
-
-    @property
-    def layers(self) -> Sequence[Layer]:
-        """The chain."""
+"""Steps of the dynamic program that a trade-off curve may take: they decide how many remainders are tried."""
 
 
 def plan(
@@ -87,7 +74,7 @@ def plan(
     ranks = check_whole(ranks, "ranks", least=1)
     batch_size = -(-check_whole(batch_size, "batch_size", least=1) // ranks)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    chain = price(
+    chain = chain_of(
         network,
         batch_size,
         loss=loss,
@@ -177,7 +164,7 @@ def tradeoff(
         ValueError: the network has more than `MOST_LAYERS` layers.
     """
     batch_size = check_whole(batch_size, "batch_size", least=1)
-    chain = price(network, batch_size, loss=loss, optimizer=optimizer, streaming=streaming, features=features)
+    chain = chain_of(network, batch_size, loss=loss, optimizer=optimizer, streaming=streaming, features=features)
     if chain.depth > MOST_LAYERS:
         raise ValueError(f"tradeoff: {chain.depth} layers are more than the {MOST_LAYERS} that are planned exactly")
     names = tuple(map(repr, network.layers))
@@ -194,10 +181,8 @@ def tradeoff(
     most = max(2, MOST_CURVE_CELLS // ((top // unit + 1) * chain.depth**3))
     for rest in remainders(chain, unit, [top, least])[:most]:
         optimum = Optimum(chain, top - (top - rest) % unit, unit)
-        costs = optimum.costs
+        costs = optimum.costs  # infinite at level 0: whatever is kept takes a level at least
         steps = 1 + np.flatnonzero(costs[1:] < costs[:-1])  # levels at which a cheaper schedule begins to fit
-        if math.isfinite(costs[0]):
-            steps = np.append(0, steps)
         for level in steps[:: max(1, -(-len(steps) // MOST_POINTS))]:
             bound = costs[level] - sum(chain.forward_flops) if unit == exact else None
             found.append(planned(optimum.schedule(int(level)), bound))
@@ -211,65 +196,6 @@ def tradeoff(
         "revolve": [planned(schedule) for schedule in _revolves(chain)],
     }
     return Tradeoff(curve, others)
-
-
-def price(
-    network: HasLayers,
-    batch_size: int,
-    *,
-    loss: Loss | None = None,
-    optimizer: Optimizer | None = None,
-    streaming: bool = True,
-    accumulation_steps: int = 1,
-    communicating: bool = False,
-    features: int | None = None,
-) -> Chain:
-    """What each layer costs; arguments as for `plan`; communicating: there are several ranks."""
-    layers, features, dtype = input_of(network, features)
-    if loss is not None:
-        check_kind(loss, Loss, "loss", "npnet.SoftmaxCrossEntropy()")
-    if optimizer is not None:
-        check_kind(optimizer, Optimizer, "optimizer", "npnet.Adam(1e-3)")
-    chain = chain_of(
-        layers,
-        (batch_size, features),
-        dtype,
-        loss_arrays=getattr(network, "loss_arrays", 1) if loss is None else loss.loss_arrays,
-        state_arrays=len(optimizer.state_names) if optimizer else 0,
-        update_arrays=1 if optimizer and optimizer.weight_decay else 0,
-        streaming=check_flag(streaming, "streaming"),
-        accumulating=check_whole(accumulation_steps, "accumulation_steps", least=1) > 1,
-        communicating=communicating,
-    )
-    if chain.step_flops > MOST_FLOPS:
-        raise ValueError(f"batch_size: with {batch_size} samples a step takes {chain.step_flops:.3g} flops; never mind")
-    return chain
-
-
-def input_of(network: HasLayers, features: int | None = None) -> tuple[Sequence[Layer], int, np.dtype[Any]]:
-    """The chain of ``network``, how many features its input has, and its dtype.
-
-    Raises:
-        TypeError: not a network.
-        ValueError: no layer tells the number of features, and ``features`` does not either.
-    """
-    layers = getattr(network, "layers", None)
-    if not layers or not all(isinstance(layer, Layer) for layer in layers):
-        raise TypeError(f"network: expected a Network or a Sequential, got {shown(network)}")
-    if features is None:
-        features = next(_features(layers), None)
-    if features is None:
-        raise ValueError("features: no layer tells how many features a row of the input has; give features=")
-    dtype = next((parameter.value.dtype for layer in layers for parameter in layer.parameters()), np.dtype(np.float32))
-    return layers, check_whole(features, "features", least=1), dtype
-
-
-def _features(layers: Iterable[Layer]) -> Iterator[int]:
-    """How many features a row has where a layer tells; the first is the input's, if no layer before changes it."""
-    for layer in layers:
-        if hasattr(layer, "in_features"):
-            yield layer.in_features
-        yield from _features(layer.children().values())
 
 
 def _optimal(chain: Chain, budget: int) -> tuple[list[Schedule], float | None]:

@@ -1,7 +1,7 @@
 """What a training step takes, in bytes and flops, before it runs: the price of a schedule.
 
-`Chain` holds what each layer costs, as plain integers, read from the layers (`npnet.layer.Layer.cost`). `timeline` goes
-through a schedule action by action, as the engine does, and adds up what is alive.
+`Chain` holds what each layer costs, as plain integers, read from the layers (`npnet.layer.Layer.cost`) by `chain_of`.
+`timeline` goes through a schedule action by action, as the engine does, and adds up what is alive.
 
 Notation, as in Beaumont et al., "Optimal checkpointing for heterogeneous chains", 2019, arXiv:1911.13214: layer l makes
 a_l, of A_l bytes, from a_{l-1}, and saves S_l more; D_l is the gradient at a_l; f_l and b_l are the flops of its two
@@ -11,11 +11,14 @@ passes.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from npnet.layer import Layer, LayerCost, ShapeError, needs_saved
+from npnet.checks import check_flag, check_kind, check_whole, shown
+from npnet.layer import Layer, LayerCost, costs_of, needs_saved
+from npnet.losses import Loss
+from npnet.optimizers import Optimizer
 from npnet.pools import block_bytes, in_blocks
 from npnet.schedule import BACKWARD, DROP, FETCH, FORWARD, OFFLOAD, Action, Schedule
 
@@ -24,6 +27,17 @@ MESSAGE_BYTES = 2**16
 
 SMALL_BYTES = 8192
 """Sixteen blocks of a device's memory pool: arrays of a number each, and the partial sums of a reduction."""
+
+MOST_FLOPS = 10**18
+"""The most flops of a step that is planned: with more, bytes would not fit into 64 bits."""
+
+
+class HasLayers(Protocol):
+    """What can be planned: `npnet.Sequential`, `npnet.Network`."""
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The chain."""
 
 
 @dataclass(frozen=True)
@@ -81,53 +95,50 @@ class Chain:
 
 
 def chain_of(
-    layers: Sequence[Layer],
-    shape: tuple[int, int],
-    dtype: np.dtype[Any],
+    network: HasLayers,
+    batch_size: int,
     *,
-    loss_arrays: int = 0,
-    state_arrays: int = 0,
-    update_arrays: int = 0,
+    loss: Loss | None = None,
+    optimizer: Optimizer | None = None,
     streaming: bool = True,
-    accumulating: bool = False,
+    accumulation_steps: int = 1,
     communicating: bool = False,
+    features: int | None = None,
 ) -> Chain:
     """Ask each layer what it costs.
 
-    Args:
-        shape: of the input, (batch, features).
-        dtype: of activations and parameters.
-        loss_arrays: arrays of the output's size that the loss takes, the gradient included.
-        state_arrays: arrays of a parameter's size that the optimizer keeps.
-        update_arrays: arrays of a parameter's size that its update takes.
-        streaming: each layer is updated, and its gradient freed, during the backward pass; else all gradients are
-            alive at its end.
-        accumulating: gradients of other micro-batches are there, to be added to.
-        communicating: gradients are summed over several processes.
+    Args: as for `npnet.plan`; communicating: gradients are summed over several processes.
 
     On a device arrays take whole blocks of its pool, and what is small is counted, too (`Chain.small`).
 
     Raises:
         NotImplementedError: a layer does not say what it costs.
-        ValueError: a layer does not fit the one before.
+        TypeError, ValueError: a layer does not fit the one before, or an argument is of another kind.
     """
+    layers, features, dtype = input_of(network, features)
+    if loss is not None:
+        check_kind(loss, Loss, "loss", "npnet.SoftmaxCrossEntropy()")
+    if optimizer is not None:
+        check_kind(optimizer, Optimizer, "optimizer", "npnet.Adam(1e-3)")
+    streaming = check_flag(streaming, "streaming")
+    accumulating = check_whole(accumulation_steps, "accumulation_steps", least=1) > 1
     held = [parameter.value for layer in layers for parameter in layer.parameters()]
-    block, batch = block_bytes(held[0]) if held else 1, shape[0]
-    costs: list[LayerCost] = []
-    for layer in layers:
-        try:
-            costs.append(_in_blocks(layer.cost(shape, dtype, needs_dx=bool(costs)), layer, block))
-        except ShapeError as error:
-            raise error.within(str(len(costs))) from None
-        shape = costs[-1].output_shape
+    block = block_bytes(held[0]) if held else 1
+    asked = zip(layers, costs_of(layers, (batch_size, features), dtype, needs_dx=False), strict=True)
+    costs = [_in_blocks(cost, layer, block) for layer, cost in asked]
+    flops = sum(cost.forward_flops + cost.backward_flops for cost in costs)
+    if flops > MOST_FLOPS:
+        raise ValueError(f"batch_size: {batch_size} samples take {flops:.3g} flops a step; plan for a smaller batch")
+    loss_arrays = getattr(network, "loss_arrays", 1) if loss is None else loss.loss_arrays
     outputs, gradients = [0, *(cost.output_bytes for cost in costs)], [0, *(cost.dy_bytes for cost in costs)]
     parameters = sum(in_blocks(array.nbytes, block) for array in held)
     saved = [0, *(0 if layer.output_suffices else cost.saved_bytes for layer, cost in zip(layers, costs, strict=True))]
     backward = [0, *(cost.backward_bytes for cost in costs)]
     sizes = [max((in_blocks(each.value.nbytes, block) for each in layer.parameters()), default=0) for layer in layers]
+    decays = optimizer is not None and optimizer.weight_decay > 0  # that takes an array of the parameter's size
     for number, cost in enumerate(costs, 1):
         if streaming or number == 1:  # the update, when a_l, what was saved, and the gradient at a_l are gone
-            update = update_arrays * (sizes[number - 1] if streaming else max(sizes))
+            update = 0 if not decays else sizes[number - 1] if streaming else max(sizes)
             gone = outputs[number] + gradients[number] + saved[number]
             backward[number] = max(backward[number], cost.gradient_bytes + gradients[number - 1] + update - gone)
     return Chain(
@@ -144,12 +155,38 @@ def chain_of(
         saves_input=frozenset(number for number in needs_saved(layers) if costs[number - 1].keeps_input),
         loss_bytes=loss_arrays * outputs[-1],
         parameters=parameters,
-        optimizer=state_arrays * parameters,
+        optimizer=len(optimizer.state_names) * parameters if optimizer else 0,
         accumulated=parameters if accumulating else 0,
         communication=sum(in_blocks(size, block) for size in buffer_bytes(layers)) if communicating else 0,
-        small=0 if block == 1 else _small_bytes(batch, max(cost.output_shape[1] for cost in costs), dtype),
+        small=0 if block == 1 else _small_bytes(batch_size, max(cost.output_shape[1] for cost in costs), dtype),
         overlapping=block > 1,
     )
+
+
+def input_of(network: HasLayers, features: int | None = None) -> tuple[Sequence[Layer], int, np.dtype[Any]]:
+    """The chain of ``network``, how many features its input has, and its dtype.
+
+    Raises:
+        TypeError: not a network.
+        ValueError: no layer tells the number of features, and ``features`` does not either.
+    """
+    layers = getattr(network, "layers", None)
+    if not layers or not all(isinstance(layer, Layer) for layer in layers):
+        raise TypeError(f"network: expected a Network or a Sequential, got {shown(network)}")
+    if features is None:
+        features = next(_features(layers), None)
+    if features is None:
+        raise ValueError("features: no layer tells how many features a row of the input has; give features=")
+    dtype = next((parameter.value.dtype for layer in layers for parameter in layer.parameters()), np.dtype(np.float32))
+    return layers, check_whole(features, "features", least=1), dtype
+
+
+def _features(layers: Iterable[Layer]) -> Iterator[int]:
+    """How many features a row has where a layer tells; the first is the input's, if no layer before changes it."""
+    for layer in layers:
+        if hasattr(layer, "in_features"):
+            yield layer.in_features
+        yield from _features(layer.children().values())
 
 
 def buffer_bytes(layers: Sequence[Layer]) -> list[int]:

@@ -8,11 +8,10 @@ import numpy as np
 from npnet.blocks import Residual
 from npnet.checkpoint import Checkpoint
 from npnet.checks import check_whole
-from npnet.layer import Layer
+from npnet.layer import Layer, costs_of
 from npnet.layers import Sequential
 from npnet.memory import format_bytes
-from npnet.planner import HasLayers, input_of
-from npnet.pricing import chain_of
+from npnet.pricing import HasLayers, input_of
 from npnet.report import Row, Table
 
 
@@ -39,7 +38,6 @@ def summary(network: HasLayers, batch_size: int = 1, *, features: int | None = N
     """
     layers, features, dtype = input_of(network, features)
     shape = check_whole(batch_size, "batch_size", least=1), features
-    chain_of(layers, shape, dtype)  # refuses layers that do not fit, by their path
     parameters = [parameter.value for layer in layers for parameter in layer.parameters()]
     count, size = sum(value.size for value in parameters), sum(value.nbytes for value in parameters)
     rows = list(_rows({str(number): layer for number, layer in enumerate(layers)}, "", shape, dtype))
@@ -47,8 +45,8 @@ def summary(network: HasLayers, batch_size: int = 1, *, features: int | None = N
 
 
 def _rows(chain: dict[str, Layer], prefix: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> Iterator[Row]:
-    for name, layer in chain.items():
-        cost = layer.cost(shape, dtype)
+    costs = costs_of(list(chain.values()), shape, dtype, needs_dx=True)
+    for (name, layer), cost in zip(chain.items(), costs, strict=True):
         inside = isinstance(layer, (Sequential, Residual, Checkpoint))
         yield {
             "path": prefix + name,
