@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from npnet.checks import check_number
+from npnet.checks import check_kind, check_number
 from npnet.drawing import BLUE, axes_or_new
 from npnet.files import replacing, write_text
 from npnet.memory import format_bytes
 from npnet.plan_drawing import MAKE_PLAN, bytes_alive_axis, draw_budget
 from npnet.plans import Plan
-from npnet.plot_checks import check_type
 from npnet.schedule import BACKWARD, DROP, DURING, FETCH, FORWARD, HOLDING, OFFLOAD, Action, Schedule
 
 if TYPE_CHECKING:
@@ -122,8 +121,7 @@ def plot_schedule(schedule: Schedule, ax: "Axes | None" = None) -> "Axes":
     Raises:
         TypeError: not a schedule.
     """
-    hint = "such as npnet.schedules.every_nth(10, 3), or the plan.schedule of a plan"
-    schedule = check_type(schedule, Schedule, "schedule", hint)
+    check_kind(schedule, Schedule, "schedule", "npnet.schedules.every_nth(10, 3), or the plan.schedule of a plan")
     table = states(schedule)
     actions, columns = table.shape
     ax = axes_or_new(ax, (7.5, min(max(3.0, 0.22 * actions + 1), 7.5)))
@@ -177,7 +175,7 @@ def animate_schedule(plan: Plan, ax: "Axes | None" = None, *, interval: float = 
     from matplotlib.animation import FuncAnimation
     from matplotlib.figure import Figure
 
-    plan, interval = check_type(plan, Plan, "plan", MAKE_PLAN), check_number(interval, "interval", least=1)
+    plan, interval = check_kind(plan, Plan, "plan", MAKE_PLAN), check_number(interval, "interval", least=1)
     if ax is None:  # with a layout that is computed, the picture would shake
         ax = Figure(figsize=(7.5, 4.2)).add_axes((0.1, 0.13, 0.87, 0.79))
     frames = np.unique(np.linspace(0, len(plan.schedule) - 1, MOST_FRAMES).round().astype(int)).tolist()
@@ -246,7 +244,7 @@ def save_animation(animation: "FuncAnimation", path: Path | str) -> None:
     from matplotlib import rc_context
     from matplotlib.animation import FuncAnimation
 
-    check_type(animation, FuncAnimation, "animation", "as animate_schedule gives it")
+    check_kind(animation, FuncAnimation, "animation", "animate_schedule gives")
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path: expected a file name that ends in .gif or .html, got {type(path).__name__}")
     path = Path(path)

@@ -21,11 +21,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def with_article(kind: type) -> str:
-    """The class's name for a message: "an Optimizer", "a Loss"."""
-    return f"a{'n' * (kind.__name__[0] in 'AEIOU')} {kind.__name__}"
-
-
 def check_kind(value: Any, kind: type[T], name: str, example: str) -> T:
     """``value``, if it is a ``kind``.
 
@@ -33,7 +28,8 @@ def check_kind(value: Any, kind: type[T], name: str, example: str) -> T:
         TypeError: it is something else.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{name}: expected {with_article(kind)}, such as {example}, got {shown(value)}")
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{name}: expected {article} {kind.__name__}, such as {example}, got {shown(value)}")
     return value
 
 

@@ -1,13 +1,17 @@
 """Pictures of training. Every function draws on ``ax`` (a new figure's, if None) and returns it; none is shown here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
+from npnet.checks import check_kind, shown
 from npnet.files import replacing
 from npnet.measuring import StepCost
 from npnet.memory import format_bytes
-from npnet.plot_checks import check_type, finite_numbers, named, one_each
 from npnet.run import History
 
 if TYPE_CHECKING:
@@ -16,13 +20,43 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY = "#3b6ea5", "#d9822b", "#8c8c8c"
 
 
+def one_each(values: Any, count: int, name: str) -> list[Any]:
+    """``values`` as a list of ``count``."""
+    if not isinstance(values, Iterable) or (isinstance(values, np.ndarray) and not values.ndim):
+        raise ValueError(f"{name}: expected a list of {count}, one for each, got {type(values).__name__}")
+    if len(given := list(values)) != count:
+        raise ValueError(f"{name}: expected a list of {count}, one for each, got {len(given)}")
+    return given
+
+
+def named(values: Any, name: str) -> Mapping[str, Any]:
+    """``values``, if they are a mapping from texts, with something to draw."""
+    if not isinstance(values, Mapping) or not all(isinstance(each, str) for each in values):
+        raise TypeError(f"{name}: expected numbers by name, such as {{'plain': 1.0}}, got {shown(values)}")
+    if not values:
+        raise ValueError(f"{name}: expected at least one, by name, such as {{'plain': 1.0}}, got none")
+    return values
+
+
+def finite_numbers(
+    values: Any, shape: tuple[int, ...], expected: str, name: str = "measured"
+) -> npt.NDArray[np.float64]:
+    """``values`` as finite numbers of this shape, where -1 stands for any length."""
+    with suppress(TypeError, ValueError):
+        array = np.asarray(values)
+        fits = array.dtype.kind in "fiub" and array.ndim == len(shape) and array.shape[1:] == shape[1:]
+        if (fits or array.shape == (0,)) and np.isfinite(array).all():
+            return array.astype(np.float64).reshape(shape)
+    raise ValueError(f"{name}: expected {expected}, got {shown(values)}")
+
+
 def axes_or_new(ax: "Axes | None", size: tuple[float, float] = (6, 4)) -> "Axes":
     """``ax``, or that of a new figure (without pyplot, so that no window and no global state come with it)."""
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     if ax is not None:
-        return check_type(ax, Axes, "ax", "of matplotlib, such as figure.add_subplot() gives")
+        return check_kind(ax, Axes, "ax", "matplotlib's figure.add_subplot()")
     return Figure(figsize=size, layout="constrained").add_subplot()
 
 
@@ -35,7 +69,7 @@ def _whole_ticks(ax: "Axes") -> None:
 
 def plot_history(history: History, ax: "Axes | None" = None) -> "Axes":
     """Training loss and test accuracy, by epoch."""
-    check_type(history, History, "history", "as npnet.fit gives it")
+    check_kind(history, History, "history", "npnet.fit gives")
     ax = axes_or_new(ax)
     epochs = [epoch.epoch for epoch in history.epochs]
     ax.plot(epochs, [epoch.loss for epoch in history.epochs], "o-", color=BLUE)
@@ -67,7 +101,7 @@ def plot_bars(
     named(values, "values")
     heights = finite_numbers(list(values.values()), (len(values),), "finite numbers by name", "values")
     for text, what in ((title, "title"), (ylabel, "ylabel")):
-        check_type(text, str, what, "a text")
+        check_kind(text, str, what, "'a text'")
     labels = one_each(labels, len(values), "labels") if not isinstance(labels, tuple) or labels else []
     ax = axes_or_new(ax)
     bars = ax.bar(list(values), heights, color=[GREY, *[BLUE] * (len(values) - 1)], width=0.6)
@@ -104,7 +138,7 @@ def plot_costs(costs: Sequence[StepCost], axes: "Sequence[Axes]") -> None:
     if not isinstance(costs, Sequence) or not costs:
         raise TypeError("costs: expected a list of costs, as npnet.step_costs gives it, with at least one")
     for cost in costs:
-        check_type(cost, StepCost, "costs", "as npnet.step_costs gives it")
+        check_kind(cost, StepCost, "costs", "npnet.step_costs gives")
     axes = [axes_or_new(ax) for ax in one_each(axes, 2, "axes")]
     base = costs[0]
     plot_bars(

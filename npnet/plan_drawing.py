@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from npnet.drawing import BLUE, GREY, axes_or_new, figure
+from npnet.checks import check_kind
+from npnet.drawing import BLUE, GREY, axes_or_new, figure, finite_numbers, one_each
 from npnet.memory import format_bytes
 from npnet.planner import Tradeoff
 from npnet.plans import Plan
-from npnet.plot_checks import check_type, finite_numbers, one_each
 from npnet.schedule import BACKWARD, Schedule
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ BYTES |= {"checkpoints": BLUE, "segment": "#93c8f2", "workspace": "#f2c14e"}
 """What bytes are for (`npnet.pricing.Moment`), and its colour; told apart with every kind of colour blindness."""
 
 MOST_STEPS = 2500  # of a curve: more would be finer than pixels, and slow
-MAKE_PLAN = "as npnet.plan(network, batch_size) gives it"
+MAKE_PLAN = "npnet.plan(network, batch_size)"
 
 
 def bytes_axis(axis: Any, most: float, label: str) -> None:
@@ -58,7 +58,7 @@ def plot_timeline(plan: Plan, measured: Sequence[float] | None = None, ax: "Axes
         TypeError: not a plan.
         ValueError: ``measured`` is not one finite number for each action.
     """
-    check_type(plan, Plan, "plan", MAKE_PLAN)
+    check_kind(plan, Plan, "plan", MAKE_PLAN)
     return plot_timelines([plan], None if measured is None else [measured], None if ax is None else [ax])[0]
 
 
@@ -77,7 +77,7 @@ def plot_timelines(
         TypeError, ValueError: as for `plot_timeline`, or not one for each plan.
     """
     given = enumerate(plans if isinstance(plans, Iterable) and not isinstance(plans, np.ndarray) else [plans])
-    drawn = [check_type(plan, Plan, f"plans[{i}]", MAKE_PLAN) for i, plan in given]
+    drawn = [check_kind(plan, Plan, f"plans[{i}]", MAKE_PLAN) for i, plan in given]
     if not drawn:
         raise ValueError("plans: expected at least one plan, got none")
     lines = one_each([None] * len(drawn) if measured is None else measured, len(drawn), "measured")
@@ -175,7 +175,7 @@ def plot_tradeoff(
     """
     pairs = finite_numbers([] if measured is None else measured, (-1, 2), "pairs such as (900_000, 0.25)") * (1, 100)
     ax = axes_or_new(ax, (8, 4.4))
-    check_type(tradeoff, Tradeoff, "tradeoff", "as npnet.tradeoff(network, batch_size) gives it")
+    check_kind(tradeoff, Tradeoff, "tradeoff", "npnet.tradeoff(network, batch_size)")
     peaks, costs = _points(tradeoff.optimal).T
     points = {name: _points(plans) for name, plans in tradeoff.others.items()}
     every = np.concatenate([*points.values(), pairs, _points(tradeoff.optimal)])  # shape (points, 2)

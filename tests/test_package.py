@@ -81,7 +81,6 @@ ORDER = [
         "report",
         "summary",
         "device",
-        "plot_checks",
         "drawing",
         "plan_drawing",
         "animation",

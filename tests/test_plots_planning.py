@@ -297,7 +297,7 @@ def test_an_animation_that_is_made_and_saved_at_once_is_saved_without_a_warning(
 def test_errors(planned) -> None:
     number, axes = "finite numbers of bytes for 32 actions, got", Figure().add_subplot()
     for error, match, call in (
-        (TypeError, r"plan: expected a Plan \(as .*got Schedule", lambda: plot_timeline(planned.schedule)),
+        (TypeError, r"plan: expected a Plan, such as .*got \(Action", lambda: plot_timeline(planned.schedule)),
         (TypeError, r"plans\[1\]: expected a Plan", lambda: plot_timelines([planned, 3])),
         (ValueError, "at least one plan", lambda: plot_timelines([])),
         (ValueError, number, lambda: plot_timeline(planned, [1.0] * 5)),
@@ -305,9 +305,9 @@ def test_errors(planned) -> None:
         (ValueError, "measured: expected a list of 2, one", lambda: plot_timelines([planned] * 2, [None])),
         (ValueError, "axes: expected a list of 1, .* got Axes", lambda: plot_timelines([planned], None, axes)),
         (TypeError, "ax: expected an Axes", lambda: plot_timeline(planned, ax=Figure())),
-        (TypeError, "tradeoff: expected a Tradeoff .*got list", lambda: plot_tradeoff([planned])),
+        (TypeError, r"tradeoff: expected a Tradeoff, .*got \[Plan", lambda: plot_tradeoff([planned])),
         (ValueError, "pairs", lambda: plot_tradeoff(npnet.tradeoff(network(3), 5), [(1, 2, 3), (4, 5, 6)])),
-        (TypeError, r"schedule: expected a Schedule .*plan\.schedule.*got Plan", lambda: plot_schedule(planned)),
+        (TypeError, r"schedule: expected a Schedule, .*plan\.schedule.*got Plan", lambda: plot_schedule(planned)),
         (ValueError, "interval", lambda: animate_schedule(planned, interval=0)),
         (TypeError, "animation: expected a FuncAnimation", lambda: save_animation(planned, "a.gif")),
     ):
