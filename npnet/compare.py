@@ -2,9 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from npnet.memory import format_bytes, measure_peak
 from npnet.network_with_checkpointing import NetworkWithCheckpointing
 from npnet.report import Row, Table, describe_sizes
 
-BATCH, ETA = 100, 3.0
+BATCH, ETA, EPOCHS = 100, 3.0, 5
 LONG = [784, *[30] * 50, 10]
 ACCURACY = [784, 30, 30, 30, 30, 10], (0, 1, 2, 4)  # sizes, and the intervals between checkpoints that are compared
 TIMES = ([784, 100, 10], (0, 1, 2, 4)), ([784, *[30] * 6, 10], (0, 1, 2, 4)), (LONG, (0, 1, 2, 4, 7, 10))
@@ -30,33 +30,19 @@ def report(train: Pair, test: Pair, quick: bool, seed: int) -> Iterator[Table]:
         raise ValueError(f"the report needs at least one batch of {BATCH} training samples, got {len(train[0])}")
     if quick:
         train, test = (train[0][:6000], train[1][:6000]), (test[0][:1000], test[1][:1000])
-    epochs, rounds = (5, 50) if quick else (5, 400)
+    rounds = 50 if quick else 400
+    accuracy = f"Accuracy after each epoch, {describe_sizes(ACCURACY[0])}, seed {seed}"
+    times = f"Time of a training step, batch {BATCH}, medians of {rounds} rounds in which all networks take a step"
+    memory = (
+        f"Traced peak of construction and training, batch {BATCH} (where checkpoints save nothing, the weights and the "
+        "first layer's gradient are the peak)"
+    )
+    draw_times = partial(_draw_bars, column="ms a step", label="ms a step", text="{:.3g}".format)
+    draw_memory = partial(_draw_bars, column="peak bytes", unit=1e6, label="MB at the peak", text=format_bytes)
     parts = (
-        (
-            Table(
-                "accuracy", f"Accuracy after each epoch, {describe_sizes(ACCURACY[0])}, seed {seed}", [], _draw_accuracy
-            ),
-            accuracy_rows(train, test, epochs, seed),
-        ),
-        (
-            Table(
-                "time",
-                f"Time of a training step, batch {BATCH}, medians of {rounds} rounds in which all networks take a step",
-                [],
-                _draw_times,
-            ),
-            time_rows(train, rounds, seed),
-        ),
-        (
-            Table(
-                "memory",
-                f"Traced peak of construction and training, batch {BATCH} (where checkpoints save nothing, the weights "
-                "and the first layer's gradient are the peak)",
-                [],
-                _draw_memory,
-            ),
-            memory_rows(train, seed),
-        ),
+        (Table("accuracy", accuracy, [], _draw_accuracy), accuracy_rows(train, test, EPOCHS, seed)),
+        (Table("time", times, [], draw_times), time_rows(train, rounds, seed)),
+        (Table("memory", memory, [], draw_memory), memory_rows(train, seed)),
     )
     for table, rows in parts:
         try:
@@ -149,21 +135,14 @@ def _draw_accuracy(rows: Sequence[Row], path: Path) -> None:
     save_figure(drawing, path)
 
 
-def _draw_times(rows: Sequence[Row], path: Path) -> None:
-    _draw_bars(rows, path, lambda row: row["ms a step"], "ms a step", lambda value: f"{value:.3g}")
-
-
-def _draw_memory(rows: Sequence[Row], path: Path) -> None:
-    _draw_bars(
-        rows, path, lambda row: row["peak bytes"] / 1e6, "MB at the peak", lambda value: format_bytes(value * 1e6)
-    )
-
-
-def _draw_bars(rows: Sequence[Row], path: Path, value: Any, label: str, text: Any) -> None:
-    """A group of bars for each network."""
+def _draw_bars(
+    rows: Sequence[Row], path: Path, column: str, label: str, text: Callable[[float], str], unit: float = 1.0
+) -> None:
+    """A group of bars for each network: the values of ``column`` in ``unit``, with ``text(value)`` on each."""
     names = list(dict.fromkeys(row["network"] for row in rows))
     drawing, all_axes = figure(len(names))
     for name, axes in zip(names, all_axes, strict=True):
-        bars = {row["checkpoints"]: value(row) for row in rows if row["network"] == name}
-        plot_bars(bars, axes, title=name, ylabel=label, labels=[text(height) for height in bars.values()])
+        values = {row["checkpoints"]: row[column] for row in rows if row["network"] == name}
+        bars = {checkpoints: value / unit for checkpoints, value in values.items()}
+        plot_bars(bars, axes, title=name, ylabel=label, labels=list(map(text, values.values())))
     save_figure(drawing, path)
