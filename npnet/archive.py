@@ -24,10 +24,9 @@ from npnet.checks import is_finite, shown
 from npnet.files import replacing
 
 FORMAT = 1
-"""Of the files that this version writes; it reads them, and older ones."""
+"""The format of the files that this version writes; it reads older ones, too."""
 
 _DESCRIPTION = "npnet"  # the entry with the description, as JSON
-_BY_COLUMNS = "by_columns"  # of .safetensors, which has rows only: the arrays that were in Fortran order
 
 
 class SaveError(ValueError):
@@ -229,8 +228,7 @@ def _read_array(stream: IO[bytes], size: int) -> Array:
     for begin in range(0, len(content), _CHUNK):
         piece = content[begin : begin + _CHUNK]
         piece[:] = np.frombuffer(_exactly(stream, len(piece)), np.uint8)
-    if stream.read(1):  # at its end the checksum is compared
-        raise ValueError("an array is longer than it claims")
+    stream.read(1)  # nothing: at the end of an entry its checksum is compared
     return array
 
 
@@ -247,7 +245,8 @@ def _write_safetensors(file: IO[bytes], text: str, arrays: Mapping[str, Array]) 
     # safetensors' NumPy writer corrupts arrays that are not contiguous, without a word; and np.ascontiguousarray makes
     # single numbers (how many steps an optimizer took) arrays of one.
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    by_columns = json.dumps([name for name, array in arrays.items() if array.flags.f_contiguous])  # as products like it
+    # The arrays that were in Fortran order, as products like it, are named: .safetensors has rows only.
+    by_columns = json.dumps([name for name, array in arrays.items() if array.flags.f_contiguous])
     text = f"{by_columns}\n{text}"
     # One entry: of several, safetensors writes now this one first, now that, and no two files would be equal.
     file.write(save(contiguous, {_DESCRIPTION: f"{_seal(text, contiguous)}\n{text}"}))

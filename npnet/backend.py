@@ -15,7 +15,6 @@ import os
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -161,9 +160,7 @@ class use_backend:  # noqa: N801 - used as a function
     def __enter__(self) -> Backend:
         return self.backend
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         global _current
         _current = self._previous
 

@@ -29,9 +29,7 @@ class Dropout(Layer):
 
     def __init__(self, p: float = 0.5, *, rng: RNG = None, key: int | None = None) -> None:
         self.p = check_number(p, "p", below=1.0)
-        self.key = int(as_generator(rng).integers(2**63)) if key is None else check_whole(key, "key")
-        if self.key >= 2**63:
-            raise ValueError(f"key: expected a whole number below 2^63, got {key}")
+        self.key = int(as_generator(rng).integers(2**63)) if key is None else check_whole(key, "key", most=2**63 - 1)
 
     def __repr__(self) -> str:
         return f"Dropout({self.p:g})"
@@ -60,9 +58,9 @@ class Dropout(Layer):
         size = shape[0] * shape[1]
         drops = self.training and self.p > 0
         mask = size if drops else 0
-        random = 4 * size if drops else 0  # the numbers that the mask is made of, gone before y is there
+        drawn = 4 * size if drops else 0  # the numbers that the mask is made of, gone before y is there
         bytes_ = size * dtype.itemsize
-        forward = max(mask, mask + random - bytes_)
+        forward = max(mask, mask + drawn - bytes_)
         return LayerCost(shape, bytes_, mask, forward, 0, 0, 3 * size, 2 * size, False, False, True)
 
 
@@ -105,27 +103,21 @@ class LayerNorm(Layer):
         return f"LayerNorm({self.features})"
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
-        array_module(x)  # refuses what is no array
+        xp, weight, n = array_module(x), self.weight.value, self.features  # which refuses what is no array
         self._check(x.shape)
-        weight = self.weight.value
         if backend_of(x) is not backend_of(weight) or x.dtype != weight.dtype:
             raise KindError(
                 f"{self}: the input is {x.dtype} on {backend_of(x).name!r}, the weights are {weight.dtype} on "
                 f"{backend_of(weight).name!r}; convert with x.astype, move with npnet.to_backend"
             )
-        xp, n = array_module(x), self.features
         mean = x.mean(axis=1, keepdims=True)  # (batch, 1)
         y = xp.subtract(x, mean)  # (batch, features)
         scale = xp.einsum("ij,ij->i", y, y)[:, None]  # (batch, 1)
         scale = 1 / xp.sqrt(scale / n + self.eps)
-        self._scale_shift(y, scale)
-        return y, (x, mean, scale)
-
-    def _scale_shift(self, y: Array, scale: Array) -> None:
-        xp = array_module(y)
         xp.multiply(y, scale, out=y)
-        xp.multiply(y, self.weight.value, out=y)
+        xp.multiply(y, weight, out=y)
         xp.add(y, self.bias.value, out=y)
+        return y, (x, mean, scale)
 
     def backward(self, dy: Array, saved: Saved) -> Array:
         self.check_gradient(dy, saved[0])
@@ -268,7 +260,7 @@ def _erf_by_number(x: Array) -> Array:
     return np.fromiter(map(math.erf, x.flat), x.dtype, x.size).reshape(x.shape)
 
 
-class Residual(InPlaceLayer):
+class Residual(Layer):
     """y = x + inner(x). He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", 2016.
 
     Args:

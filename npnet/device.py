@@ -35,21 +35,17 @@ def diagnose() -> list[Check]:
     something missing is not tried.
     """
     version, count = _driver()
-    checks = [_driver_check(version)]
-    if version:
+    if not version:
+        advice = "install it (nvidia-smi must work), or use the CPU: backend 'numpy' needs nothing"
+        checks = [Check("driver", "missing", "no NVIDIA driver", advice)]
+    else:
+        checks = [Check("driver", "ok", f"for CUDA {_version(version)} and before")]
         advice = "" if count else "is it in the machine, and does CUDA_VISIBLE_DEVICES not hide it? (nvidia-smi)"
         checks.append(Check("device", "ok" if count else "missing", f"{count} found", advice))
     checks.append(_package_check(version))
     if all(each.state == "ok" for each in checks):
         checks += _trial()
     return checks
-
-
-def _driver_check(version: int) -> Check:
-    if not version:
-        advice = "install it (nvidia-smi must work), or use the CPU: backend 'numpy' needs nothing"
-        return Check("driver", "missing", "no NVIDIA driver", advice)
-    return Check("driver", "ok", f"for CUDA {_version(version)} and before")
 
 
 def _driver() -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npnet.backend import Array, array_module
-from npnet.checkpoint import backpropagate
+from npnet.checkpoint import backpropagate, clear_gradients
 from npnet.checks import is_finite
 from npnet.layer import Layer
 from npnet.losses import TrainingDiverged
@@ -49,8 +49,7 @@ def rehearse(
 
     def after_backward(layer: Layer) -> None:
         prepare(layer)
-        for parameter in layer.parameters():
-            parameter.gradient = None
+        clear_gradients([layer])
 
     with one_step(next_step()):  # the number, and so the random numbers, of the step to come
         if accumulating:

@@ -76,10 +76,6 @@ class GradientSums:
         self._parts: list[Part] = []
         self._under_way: Filled | None = None
 
-    def rows_of_all(self, left: int) -> int:
-        """Of the next micro-batch, on all ranks together, where ``left`` samples are left for the update."""
-        return min(self.batch_size, left)
-
     def begin(
         self,
         last: bool,

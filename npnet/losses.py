@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from npnet.backend import Array, array_module, backend_of, dot
-from npnet.checks import check_one_hot, check_pairs, check_rows, check_whole
+from npnet.checks import check_one_hot, check_pairs, check_rows, check_whole, is_finite
 
 
 class TrainingDiverged(ArithmeticError):
@@ -55,7 +55,7 @@ def accuracy(predict: Callable[[Array], Array], x: Array, y: Array) -> float:
     for start in range(0, len(x), ACCURACY_ROWS):
         rows = slice(start, start + ACCURACY_ROWS)
         output = predict(x[rows])
-        if not bool(array_module(output).isfinite(output).all()):
+        if not is_finite(output):
             raise TrainingDiverged(
                 "an output of the network is not finite; train it again with a lower learning rate, or look for "
                 "extreme values in the data"

@@ -76,6 +76,7 @@ def measure_peak(function: Callable[..., Any], *args: Any, backend: str | None =
 
 def peak_of(call: Callable[[], Any], backend: str) -> MemoryReport:
     """As `measure_peak`, for whoever is `measuring` already."""
+    gc.collect()
     return _measure_cupy(call) if backend == "cupy" else _measure_tracemalloc(call)
 
 
@@ -117,7 +118,6 @@ def tracing() -> Iterator[None]:
 
 
 def _measure_tracemalloc(call: Callable[[], Any]) -> MemoryReport:
-    gc.collect()
     with tracing():
         tracemalloc.reset_peak()
         baseline = tracemalloc.get_traced_memory()[0]
@@ -127,7 +127,6 @@ def _measure_tracemalloc(call: Callable[[], Any]) -> MemoryReport:
 
 
 def _measure_cupy(call: Callable[[], Any]) -> MemoryReport:
-    gc.collect()
     result, baseline, peak, pool, outside = peak_of_pools(get_backend("cupy").xp, call)
     return MemoryReport(result, baseline, peak, "cupy pool", pool, outside)
 

@@ -126,11 +126,8 @@ def next_step() -> int:
 
 
 def set_next_step(step: int) -> None:
-    """Number the steps of this thread from ``step`` on: that of a run that is gone on with."""
-    step = check_whole(step, "step")
-    if step >= 2**63:
-        raise ValueError(f"step: expected a whole number below 2^63, got {step}")
-    _state.next_step = step
+    """Number the steps of this thread from ``step`` on: where a run that is resumed stands."""
+    _state.next_step = check_whole(step, "step")
 
 
 def current_step() -> int:

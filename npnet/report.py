@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -62,10 +63,5 @@ def describe_sizes(sizes: Sequence[int]) -> str:
     >>> describe_sizes([784, 30, 30, 30, 10])
     '784,30x3,10'
     """
-    parts: list[tuple[int, int]] = []
-    for size in sizes:
-        if parts and parts[-1][0] == size:
-            parts[-1] = size, parts[-1][1] + 1
-        else:
-            parts.append((size, 1))
-    return ",".join(f"{size}x{count}" if count > 1 else str(size) for size, count in parts)
+    runs = ((size, len(list(run))) for size, run in groupby(sizes))
+    return ",".join(f"{size}x{count}" if count > 1 else str(size) for size, count in runs)

@@ -5,12 +5,11 @@ import math
 import numbers
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from npnet.archive import write_archive
-from npnet.backend import Array
 
 NOT_SAVED = ("rng", "backend", "initializer")
 """Arguments that say how a model begins, or where: not what it is."""
@@ -19,17 +18,11 @@ FLOATS = ("float16", "float32", "float64", "bfloat16")
 """The dtypes that every machine has."""
 
 
-class HasValue(Protocol):
-    """A `npnet.layer.Parameter`, as far as it matters here."""
-
-    value: Array
-
-
 class Savable:
     """A model that `npnet.load` can make again, from a description that is JSON and from its arrays."""
 
-    def named_parameters(self) -> Mapping[str, HasValue]:
-        """All parameters by name."""
+    def named_parameters(self) -> Mapping[str, Any]:
+        """All parameters (`npnet.layer.Parameter`) by name."""
         raise NotImplementedError(f"{type(self).__name__}.named_parameters")
 
     def config(self) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class Schedule(tuple[Action, ...]):
         if self.needs_saved and max(self.needs_saved) > self.depth:
             raise ValueError(f"needs_saved: there is no layer {max(self.needs_saved)} in a chain of {self.depth}")
         self.offload_to = check_place(offload_to, "offload_to")
-        self.runs = self._compile(self.needs_saved)
+        self.runs = self._compile()
         return self
 
     def __getnewargs__(self) -> tuple[tuple[Action, ...], int, str, frozenset[int], Place | None]:
@@ -217,7 +217,7 @@ class Schedule(tuple[Action, ...]):
         """
         return sum(count - 1 for count in self.forwards.values())
 
-    def _compile(self, needs_saved: frozenset[int]) -> tuple[Run, ...]:
+    def _compile(self) -> tuple[Run, ...]:
         """Check the actions one by one, and join what the engine can run in one go.
 
         A forward action *saves* when it is the layer's last: backward is next to need what it computed.
@@ -229,7 +229,7 @@ class Schedule(tuple[Action, ...]):
         next_backward = self.depth  # the layer at whose output the gradient is known
         for i, (kind, layer) in enumerate(self):
             problem = self._problem(kind, layer, held, out, next_backward)
-            if not problem and kind is OFFLOAD and layer in needs_saved and last_forward[layer] < i:
+            if not problem and kind is OFFLOAD and layer in self.needs_saved and last_forward[layer] < i:
                 problem = f"layer {layer} needs what it saved, too: drop a_{layer}, and run it again"
             if problem:
                 what = kind.value if isinstance(kind, Kind) else kind if isinstance(kind, str) else shown(kind)
@@ -241,7 +241,7 @@ class Schedule(tuple[Action, ...]):
                 out.remove(layer)
             elif kind is BACKWARD:
                 next_backward -= 1
-            saves = kind is FORWARD and layer in needs_saved and last_forward[layer] == i
+            saves = kind is FORWARD and layer in self.needs_saved and last_forward[layer] == i
             runs.append(Run(kind, layer, layer, layer in seen, saves))
             seen.add(layer)
         if next_backward:

@@ -180,7 +180,7 @@ def accumulated_step(
         sums.start()
     try:
         for x, y in _pairs(micro_batches):
-            rows = rows_of(x, "micro_batches: x") if sums is None else sums.rows_of_all(samples - seen)
+            rows = rows_of(x, "micro_batches: x") if sums is None else min(sums.batch_size, samples - seen)  # on all
             terms = {"loss": loss, "optimizer": optimizer, "streaming": at_once}
             terms["accumulation_steps"] = 1 if rows == samples else 2
             terms["ranks"] = 1 if sums is None else sums.ranks.size

@@ -84,7 +84,7 @@ def model_of(
             model = _build(said, known, {"dtype": dtype, "backend": backend, "rng": 0, "initializer": "zeros"})
         if not isinstance(model, Savable):
             raise ValueError("it describes no model")
-        put(cast(Mapping[str, Parameter], model.named_parameters()), arrays)
+        put(model.named_parameters(), arrays)
         if isinstance(model, Network) and any(array.dtype != model.dtype for array in arrays.values()):
             raise ValueError(f"it says {model.dtype}, but holds other numbers")
     except SaveError as error:
