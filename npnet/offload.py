@@ -30,9 +30,9 @@ def check_elsewhere(to: Place | None, array: Array) -> None:
     """Refuse to send ``array``, or others of its kind, to where they are.
 
     Raises:
-        ValueError: that is the host, and the array is there.
+        ValueError: that is the host, and the array is not on a GPU.
     """
-    if to == "host" and isinstance(array, np.ndarray):
+    if to == "host" and not hasattr(backend_of(array).xp, "cuda"):
         raise ValueError("offload: activations are in the host's memory already; 'disk' moves them out of it")
 
 
@@ -44,13 +44,6 @@ class _InFile(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     transposed: bool  # it was in Fortran order
-    backend: str
-
-
-class _OnHost(NamedTuple):
-    """An array of a device."""
-
-    array: Array
     backend: str
 
 
@@ -66,7 +59,7 @@ class Store:
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
         self._end = 0  # of what is in the file, in bytes
-        self._kept: dict[int, _InFile | _OnHost | Moved] = {}
+        self._kept: dict[int, _InFile | Moved] = {}
         self._transfers: dict[int, Transfers] = {}  # by the numbers of the GPUs
 
     def __del__(self) -> None:
@@ -77,27 +70,25 @@ class Store:
         return len(self._kept)
 
     def put(self, number: int, array: Array) -> None:
-        """Take ``array``, and refer to its memory no longer; on its way from a GPU to the host, until the next call.
+        """Move ``array`` out of memory. The store lets it go at once; from a GPU to the host, with the next call.
 
         Raises:
             OffloadError: the file cannot be written, or the host has no pinned memory left.
             TypeError: the array is not of NumPy, nor of a device.
-            ValueError: it is to go to the host, and is there.
+            ValueError: it is to go to the host, and is not on a GPU.
         """
         try:
             backend = get_backend(backend_of(array).name)
         except ValueError:
             raise TypeError(f"a {type(array).__name__} cannot be offloaded: take a schedule that does not") from None
         check_elsewhere(self.to, array)
-        if self.to == "disk" or backend.xp is np:
+        if self.to == "disk" or not hasattr(backend.xp, "cuda"):
             self._kept[number] = self._write(array, backend.name)
-        elif hasattr(backend.xp, "cuda"):
+        else:
             gpu = backend.xp.cuda.runtime.getDevice()
             if gpu not in self._transfers:
                 self._transfers[gpu] = Transfers(backend.xp)
             self._kept[number] = self._transfers[gpu].send(array)
-        else:
-            self._kept[number] = _OnHost(to_host(array), backend.name)
 
     def get(self, number: int) -> Array:
         """The array again, in the layout that it had; the store forgets it.
@@ -106,8 +97,6 @@ class Store:
             OffloadError: the file cannot be read.
         """
         kept = self._kept.pop(number)
-        if isinstance(kept, _OnHost):
-            return to_backend(kept.array, kept.backend)
         if isinstance(kept, Moved):
             return kept.transfers.fetch(kept)
         straight = np.empty(kept.shape[::-1] if kept.transposed else kept.shape, kept.dtype)
@@ -155,7 +144,7 @@ class Store:
         except OSError as error:
             raise OffloadError(error.errno, f"an offloaded activation cannot be read: {error.strerror}") from error
 
-    def _advise(self, kept: _InFile | _OnHost | Moved) -> None:
+    def _advise(self, kept: _InFile | Moved) -> None:
         """The system may begin to read it: what went out last comes back first."""
         if isinstance(kept, _InFile) and self._file is not None and hasattr(os, "posix_fadvise"):
             with suppress(OSError):

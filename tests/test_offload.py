@@ -263,7 +263,7 @@ def test_threads_have_stores_of_their_own():
             assert_same(plain, each)
 
 
-def test_from_a_device_activations_go_to_the_host():
+def test_from_a_device_without_pinned_memory_activations_go_to_a_file():
     plain = gradients(chain(6), "none")
     with install_guard():
         x, y = (to_backend(each, "guard") for each in batch())
