@@ -108,11 +108,6 @@ class HardBudget:
         if self.budget is not None and self._pool is not None:
             self._pool.__exit__(*error)
 
-    def call(self, function: Callable[..., T], *args: Any) -> T:
-        """``function(*args)``, within it."""
-        with self:
-            return function(*args)
-
 
 class _Active(threading.local):
     innermost: OwnPool | None = None

@@ -4,6 +4,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from npnet.losses import Loss
 from npnet.memory import parse_bytes
 from npnet.optimizers import Optimizer
 from npnet.planner import plan
+from npnet.pools import HardBudget
 from npnet.precision import GradScaler
 from npnet.random import as_generator
 from npnet.ranks import Ranks
@@ -44,8 +46,8 @@ class Recipe:
 
     Attributes:
         ranks: the processes of ``communicator``.
-        budget: what ``memory_budget`` leaves for a step besides the buffers of communication, bytes; or None.
         feed: what the model gets of data, by way of ``transform``.
+        limit: what ``memory_budget`` leaves for a step besides the buffers of communication, where it is a hard limit.
     """
 
     model: Sequential
@@ -76,7 +78,6 @@ class Recipe:
 
     def __post_init__(self, communicator: Any) -> None:
         self.ranks = communicator if isinstance(communicator, Ranks) else Ranks(communicator)
-        self.budget: int | None = None
 
     @property
     def window(self) -> int:
@@ -108,9 +109,10 @@ class Recipe:
             TypeError, ValueError, InfeasibleBudget: see `npnet.fit`.
         """
         self._check_kinds()
-        self._choose_schedule()
+        budget = self._choose_schedule()
         parameters, self.rng = self.model.parameters(), as_generator(self.rng)
         self.feed = Feed(self.transform, backend_of(parameters[0].value) if parameters else get_backend("numpy"))
+        self.limit = HardBudget(self.feed.backend, budget, partial(self.optimizer.held, parameters))
         with mode(self.model, training=False):
             self._check_data("training data", self.training_data)
             if self.test_data is not None:
@@ -151,8 +153,9 @@ class Recipe:
         self.epochs = check_whole(self.epochs, "epochs")
         self.batch_size = check_whole(self.batch_size, "batch_size", least=1)
 
-    def _choose_schedule(self) -> None:
-        """Plan one for the budget, if there is one; else make what was asked for."""
+    def _choose_schedule(self) -> int | None:
+        """Plan one for the budget, if there is one, else make what was asked for; returns the bytes of the budget."""
+        budget = None
         for name in ("memory_budget", "offload"):
             if getattr(self, name) is not None and not (isinstance(self.schedule, str) and self.schedule == "none"):
                 raise ValueError(f"give schedule or {name}, not both")
@@ -163,9 +166,10 @@ class Recipe:
                 )
             self.schedule = planned.schedule
             if self.memory_budget is not None:
-                self.budget = parse_bytes(self.memory_budget) - planned.chain.communication
+                budget = parse_bytes(self.memory_budget) - planned.chain.communication
         layers = self.model.layers
         self.schedule = as_schedule(self.schedule, len(layers), needs_saved(layers))
+        return budget
 
     def _check_data(self, name: str, pair: Pair) -> None:
         """Refuse data that do not fit, by running one row through the model."""

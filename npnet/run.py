@@ -77,12 +77,8 @@ class TrainingRun:
 
     @property
     def number(self) -> int:
-        """Of the epoch under way, in the history."""
+        """The number that the epoch under way will have in the history, from 1."""
         return len(self.history.epochs) + 1
-
-    def begin_epoch(self) -> None:
-        """From the start, or where the save was made: the order is drawn again from the same state."""
-        self.stream = self.generator.bit_generator.state
 
     def end_epoch(self, accuracy: float | None) -> None:
         """Put this epoch into the history."""

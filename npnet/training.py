@@ -1,20 +1,23 @@
-"""The training loop."""
+"""The training loop: epoch by epoch, step by step."""
 
-from collections.abc import Callable, Mapping
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from npnet.backend import Array
+from npnet.backend import Array, backend_of, to_backend
+from npnet.batching import batches
 from npnet.capture import CapturedStep
-from npnet.epochs import Step, located, train_epoch
-from npnet.failures import explained, rehearse
+from npnet.checkpoint import digest
+from npnet.failures import explained, first_not_finite, rehearse
 from npnet.gradient_sums import GradientSums
 from npnet.interrupts import Interrupts
 from npnet.layer import Pair
 from npnet.layers import Sequential
-from npnet.losses import Loss, TrainingDiverged
+from npnet.losses import Loss, TrainingDiverged, accuracy
 from npnet.optimizers import Optimizer
-from npnet.pools import HardBudget
 from npnet.precision import GradScaler
 from npnet.random import RNG
 from npnet.recipe import Recipe, mode
@@ -23,6 +26,9 @@ from npnet.saver import Saver
 from npnet.schedule import Place
 from npnet.schedules import ScheduleLike
 from npnet.step import accumulated_step
+
+Step = Callable[[Iterator[Pair], int], float]
+"""One update: takes its micro-batches from the iterator, so many samples; returns the loss before it."""
 
 
 def fit(
@@ -129,19 +135,17 @@ def fit(
 
 def _train(recipe: Recipe, run: TrainingRun, sums: GradientSums | None) -> None:
     """Epoch by epoch, from where the run stands to its end."""
-    held = partial(recipe.optimizer.held, recipe.model.parameters())
-    limit = HardBudget(recipe.feed.backend, recipe.budget, held)
-    step = partial(limit.call, _step(recipe, sums))
+    step = _step(recipe, sums)
     with Interrupts() as interrupts:
         if recipe.at_once and not recipe.capture:
-            _rehearse(recipe, limit)
+            _rehearse(recipe)
         while run.epoch < recipe.epochs:
-            train_epoch(recipe, run, step, interrupts)
+            _train_epoch(recipe, run, step, interrupts)
         if recipe.saver is not None:
             try:
                 recipe.saver.save(run)
             except TrainingDiverged as error:
-                raise located(error, recipe, run.number - 1, recipe.steps) from None
+                raise _located(error, recipe, run.number - 1, recipe.steps) from None
         interrupts.pending = recipe.ranks.any_signal(interrupts.pending)
 
 
@@ -162,9 +166,9 @@ def _step(recipe: Recipe, sums: GradientSums | None) -> Step:
     )
 
 
-def _rehearse(recipe: Recipe, limit: HardBudget) -> None:
+def _rehearse(recipe: Recipe) -> None:
     """All that the first step does but the updates: see `npnet.failures.rehearse`."""
-    model, schedule, optimizer = recipe.model, recipe.schedule, recipe.optimizer
+    model, schedule, optimizer, limit = recipe.model, recipe.schedule, recipe.optimizer, recipe.limit
     rows = recipe.feed(recipe.training_data[0][recipe.ranks.share(recipe.batch_size)])  # none, if there are many ranks
     with recipe.ranks.together(), mode(model, training=True), explained(model, schedule, rows, **recipe.terms), limit:
         if len(rows):
@@ -175,3 +179,82 @@ def _rehearse(recipe: Recipe, limit: HardBudget) -> None:
                 lambda layer: optimizer.prepare(layer.parameters()),
                 accumulating=recipe.accumulation_steps > 1,
             )
+
+
+def _train_epoch(recipe: Recipe, run: TrainingRun, step: Step, interrupts: Interrupts) -> None:
+    """One pass over the data, from its beginning or from where it was saved, and the accuracy after it."""
+    from tqdm.auto import tqdm
+
+    (x, y), window, steps = recipe.training_data, recipe.window, recipe.steps
+    model, optimizer, ranks = recipe.model, recipe.optimizer, recipe.ranks
+    run.stream = run.generator.bit_generator.state  # the order is drawn from it: again, if the epoch is gone on with
+    done, score, rate = len(run.losses), None, optimizer.learning_rate
+    number = done  # of the step under way
+    what = {"desc": f"epoch {run.number}", "unit": "step", "disable": not recipe.log, "mininterval": 0.5}
+    progress = tqdm(total=steps, initial=done, **what)
+    try:
+        part = (ranks.rank, ranks.size)
+        raw = batches(x, y, recipe.batch_size, run.generator, recipe.shuffle, start=done * window, part=part)
+        micro_batches = recipe.feed.pairs(raw)
+        with mode(model, training=True):
+            for number in range(done, steps):
+                began, ranks.signal = time.perf_counter(), interrupts.pending
+                if recipe.decay:
+                    past = (run.epoch * steps + number) / (recipe.epochs * steps)
+                    optimizer.learning_rate = rate * (1 - past)
+                samples = min(window, len(x) - number * window)
+                with recipe.limit:
+                    run.losses.append(step(itertools.islice(micro_batches, recipe.accumulation_steps), samples))
+                run.seconds += time.perf_counter() - began
+                if recipe.log:
+                    progress.set_postfix(_readings(run.losses, run.history.accuracy, recipe.show), refresh=False)
+                progress.update()
+                # several ranks end after the same step, whenever each one's signal came
+                ending = interrupts.pending if ranks.size == 1 else ranks.agreed_signal
+                if recipe.saver is not None:
+                    recipe.saver.step_done(run, ending=ending is not None)
+                interrupts.check(ending)
+        score = _evaluated(recipe)
+        if ranks.size > 1:
+            weights = [digest(parameter.value).hex()[:16] for parameter in model.parameters()]
+            ranks.alike({f"weights after epoch {run.number}": weights})
+        progress.set_postfix(_readings(run.losses, score, recipe.show))
+    except TrainingDiverged as error:
+        raise _located(error, recipe, run.number, min(number + 1, steps)) from None
+    finally:
+        optimizer.learning_rate = rate
+        progress.close()
+        run.end_epoch(score)
+
+
+def _evaluated(recipe: Recipe) -> float | None:
+    """The accuracy on the test data, if there are some; each rank evaluates its share.
+
+    Raises:
+        TrainingDiverged: an output is not finite; with the layer where that begins.
+    """
+    if recipe.test_data is None:
+        return None
+    (x, y), model, ranks, score = recipe.test_data, recipe.model, recipe.ranks, 0.0
+    share, samples = ranks.share(len(x)), len(x)
+    x, y = x[share], y[share]
+    with ranks.together(), mode(model, training=False):
+        try:
+            if len(x):
+                there = backend_of(y).name
+                score = accuracy(lambda rows: to_backend(model.predict(recipe.feed(rows)), there), x, y)
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error}; {first_not_finite(model.layers, recipe.feed(x[:1000]))}") from None
+    return ranks.total(round(score * len(x))) / samples
+
+
+def _located(error: TrainingDiverged, recipe: Recipe, epoch: int, step: int) -> TrainingDiverged:
+    """The error, with where in the training it was, and what is left of that."""
+    saved = f"; {recipe.saver.last}" if recipe.saver else ""
+    return TrainingDiverged(f"epoch {epoch}, step {step} of {recipe.steps}: {error}{saved}")
+
+
+def _readings(losses: list[float], score: float | None, show: Mapping[str, str] | None) -> dict[str, str]:
+    """What the progress bar shows: the mean of the last 100 losses, and the last accuracy on the test data."""
+    accuracy = "-" if score is None else f"{score:.4f}"
+    return {"loss": f"{statistics.fmean(losses[-100:]):.4f}", "test accuracy": accuracy, **(show or {})}

@@ -75,7 +75,6 @@ ORDER = [
         "run",
         "saver",
         "recipe",
-        "epochs",
         "training",
         "measuring",
         "report",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import npnet
-from npnet import Saver, epochs, optimizers, run
+from npnet import Saver, optimizers, run, training
 from npnet.archive import read_archive, write_archive
 from npnet.losses import accuracy
 from tests.small_training import EPOCHS, TRAININGS, Broken, Result, X
@@ -63,10 +63,10 @@ def test_broken_off_in_evaluation(every: int, tmp_path: Path, monkeypatch: pytes
                 raise Broken
             return accuracy(*arguments)
 
-        monkeypatch.setattr(epochs, "accuracy", broken)
+        monkeypatch.setattr(training, "accuracy", broken)
         with pytest.raises(Broken):
             TRAININGS["adam"].run(saver=Saver(path, every))
-        monkeypatch.setattr(epochs, "accuracy", accuracy)
+        monkeypatch.setattr(training, "accuracy", accuracy)
         assert TRAININGS["adam"].resumed(path).state() == whole
 
 

@@ -123,10 +123,10 @@ def test_a_signal_in_the_very_last_step_and_in_the_evaluation(tmp_path: Path, mo
                 os.kill(os.getpid(), signal.SIGINT)
             return accuracy(*given)
 
-        monkeypatch.setattr("npnet.epochs.accuracy", interrupted)
+        monkeypatch.setattr("npnet.training.accuracy", interrupted)
         with pytest.raises(KeyboardInterrupt):
             TRAININGS["adam"].run(saver=Saver(tmp_path / f"{epoch}.npz", 100))
-        monkeypatch.setattr("npnet.epochs.accuracy", accuracy)
+        monkeypatch.setattr("npnet.training.accuracy", accuracy)
         assert TRAININGS["adam"].resumed(tmp_path / f"{epoch}.npz").state() == whole
 
 
