@@ -64,7 +64,7 @@ def resumed_settings(options: argparse.Namespace, save: Path) -> tuple[Settings,
     return replace(saved, **given), done
 
 
-def run_train(options: argparse.Namespace) -> int:
+def run_train(options: argparse.Namespace) -> None:
     """npnet train."""
     ranks = Ranks(world())
     with ranks.guard():
@@ -95,7 +95,6 @@ def run_train(options: argparse.Namespace) -> int:
             ranks=ranks,
             log=not options.quiet,
         )
-    return 0
 
 
 def _begun(options: argparse.Namespace) -> tuple[Settings, Saver | None, int]:
@@ -106,18 +105,17 @@ def _begun(options: argparse.Namespace) -> tuple[Settings, Saver | None, int]:
     """
     settings, done, saving = settings_of(options), 0, options.save_every is not None or options.resume
     save = options.out and options.out / "save.npz"
-    if saving and save is None:
-        raise ValueError("--save-every and --resume need --out DIR, where the save is")
-    if save is not None and save.exists():
-        if not options.resume:
-            raise ValueError(f"{save} is the save of a training: go on with it (--resume), or train in another --out")
-        settings, done = resumed_settings(options, save)
-    settings = replace(settings, backend=get_backend(settings.backend).name)
-    every = settings.save_every or 100
-    if saving:
-        settings = replace(settings, save_every=every)
-    if options.out is not None and not (options.resume and save.exists()):
+    if save is None:
+        if saving:
+            raise ValueError("--save-every and --resume need --out DIR, where the save is")
+    elif not save.exists():
         settings.check_report(options.out / "metrics.json")
+    elif options.resume:
+        settings, done = resumed_settings(options, save)
+    else:
+        raise ValueError(f"{save} is the save of a training: go on with it (--resume), or train in another --out")
+    every = settings.save_every or 100
+    settings = replace(settings, backend=get_backend(settings.backend).name, save_every=every if saving else None)
     if not saving:
         return settings, None, done
     saver = Saver(
@@ -130,7 +128,7 @@ def _begun(options: argparse.Namespace) -> tuple[Settings, Saver | None, int]:
     return settings, saver, done
 
 
-def run_plan(options: argparse.Namespace) -> int:
+def run_plan(options: argparse.Namespace) -> None:
     """npnet plan."""
     plan_report(
         settings_of(options),
@@ -139,10 +137,9 @@ def run_plan(options: argparse.Namespace) -> int:
         picture=options.plot,
         log=not options.quiet,
     )
-    return 0
 
 
-def run_compare(options: argparse.Namespace) -> int:
+def run_compare(options: argparse.Namespace) -> None:
     """npnet compare."""
     print("loading MNIST", flush=True)
     tables: list[Table] = []
@@ -157,7 +154,6 @@ def run_compare(options: argparse.Namespace) -> int:
             for table in tables:
                 table.write(options.out)
             print(f"\nresults in {options.out}")
-    return 0
 
 
 def run_device(options: argparse.Namespace) -> int:
@@ -170,7 +166,7 @@ def run_device(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_data(options: argparse.Namespace) -> int:
+def run_data(options: argparse.Namespace) -> None:
     """npnet data."""
     if options.action == "fetch":
         print(f"MNIST is at {datasets.fetch_mnist(options.data)}")
@@ -181,10 +177,9 @@ def run_data(options: argparse.Namespace) -> int:
         for folder in [Path(options.data)] if options.data else datasets.data_folders():
             print(f"  {folder}")
         print(f"and found at {datasets.find_mnist(options.data)}")
-    return 0
 
 
-RUN: dict[str, Callable[[argparse.Namespace], int]] = {
+RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": run_train,
     "plan": run_plan,
     "compare": run_compare,
@@ -220,11 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pass
     options = _parsed(parser, arguments)
     try:
-        return RUN[options.command](options)
+        return RUN[options.command](options) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (InfeasibleBudget, OutOfMemory) as error:
+    except (InfeasibleBudget, OutOfMemory, OSError, datasets.DataError, TrainingDiverged, ImportError) as error:
         print(f"npnet {options.command}: {error}", file=sys.stderr)
         return 1
     except MemoryError as error:
@@ -235,9 +230,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0  # mpiexec joins the exit codes: the rank that failed says its own
     except SaveError as error:
         print(f"npnet {options.command}: {error}; to begin anew, name another --out", file=sys.stderr)
-        return 1
-    except (OSError, datasets.DataError, TrainingDiverged, ImportError) as error:
-        print(f"npnet {options.command}: {error}", file=sys.stderr)
         return 1
     except (TypeError, ValueError, BackendUnavailable) as error:
         print(f"npnet {options.command}: error: {error}", file=sys.stderr)
