@@ -72,8 +72,7 @@ def _picture(table: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     for axis, count in enumerate(table.shape):
         table = np.minimum.reduceat(table, range(0, count, _blend(count)), axis=axis)
     palette = [[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in STATES.values()]
-    picture: npt.NDArray[np.uint8] = np.array(palette, dtype=np.uint8)[table]
-    return picture
+    return np.array(palette, dtype=np.uint8)[table]
 
 
 def _blend(count: int) -> int:

@@ -258,8 +258,7 @@ def scalar(xp: Any, value: float, dtype: np.dtype[Any]) -> Any:
 @functools.lru_cache(maxsize=8)
 def ones(xp: Any, length: int, dtype: np.dtype[Any]) -> Array:
     """A vector of ones, (length,), shared: on thin layers ``ones @ dz`` takes a third of ``dz.sum(axis=0)``."""
-    vector: Array = xp.ones(length, dtype)
-    return _read_only(vector) if xp is np else vector
+    return _read_only(xp.ones(length, dtype)) if xp is np else xp.ones(length, dtype)
 
 
 def _read_only(array: Array) -> Array:

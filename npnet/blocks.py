@@ -71,8 +71,7 @@ def keep_mask(x: Array, key: int, p: float) -> Array:
     """
     xp = array_module(x)
     if hasattr(xp, "keep_mask"):  # x only stands in for an array
-        mask: Array = xp.keep_mask(x, key, p)
-        return mask
+        return xp.keep_mask(x, key, p)
     if hasattr(x, "value"):  # a number with a derivative: the mask is a constant
         return keep_mask(x.value, key, p)
     return random.keep_mask(xp, x.shape, p, key, current_step())
@@ -252,8 +251,7 @@ def erf(x: Array) -> Array:
             function = importlib.import_module("scipy.special" if xp is np else "cupyx.scipy.special").erf
         except ImportError:
             function = _erf_by_number
-    result: Array = function(x)
-    return result
+    return function(x)
 
 
 def _erf_by_number(x: Array) -> Array:
@@ -285,8 +283,7 @@ class Residual(Layer):
 
     def backward(self, dy: Array, saved: Saved) -> Array:
         inner = self.inner.backward(dy, saved)  # which refuses a dy that does not fit: the outputs' shapes are the same
-        dx: Array = array_module(dy).add(dy, inner)
-        return dx
+        return array_module(dy).add(dy, inner)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         inner = self.inner.backward_(dy.copy(), saved, needs_dx)

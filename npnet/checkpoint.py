@@ -296,7 +296,7 @@ class Tape(NamedTuple):
             self.saved.pop()
             gradient = part.backward_(gradient, self.saved[-1])
         self.saved.clear()
-        return gradient  # type: ignore[no-any-return]
+        return gradient
 
 
 @np.errstate(over="ignore", invalid="ignore")

@@ -193,8 +193,7 @@ def check_array(array: Any, backend: Backend, dtype: np.dtype[Any], name: str) -
             raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
         with np.errstate(over="ignore"):  # what becomes infinite is found where infinities are refused
             array = array.astype(dtype)
-    checked: Array = array
-    return checked
+    return array
 
 
 def check_list(values: Any, length: int, name: str) -> list[Any]:

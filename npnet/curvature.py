@@ -157,15 +157,13 @@ def hessian(model: Layer, loss: Loss, x: Array, y: Array) -> Array:
             unit[index] = 1
             product = hessian_vector_product(model, loss, x, y, unflatten(model, unit)).product
             columns.append(flatten(product))
-    stacked: Array = array_module(columns[0]).stack(columns, axis=1)
-    return stacked
+    return array_module(columns[0]).stack(columns, axis=1)
 
 
 def flatten(vector: Vector) -> Array:
     """The numbers of a vector in one row, (n,)."""
     arrays = [array.ravel() for array in vector.values()]
-    joined: Array = array_module(arrays[0]).concatenate(arrays)
-    return joined
+    return array_module(arrays[0]).concatenate(arrays)
 
 
 def unflatten(model: Layer, numbers: Array) -> dict[str, Array]:

@@ -105,10 +105,6 @@ class Ones(NamedTuple):
 class DualModule:
     """The functions that layers and losses call on an array module, on dual arrays, with their derivatives."""
 
-    def asarray(self, x: Any) -> Dual:
-        """A constant, if it is no dual."""
-        return x if isinstance(x, Dual) else Dual(x)
-
     def ones(self, length: int, dtype: Any) -> Ones:
         """A constant."""
         return Ones(length, dtype)
@@ -190,13 +186,11 @@ class DualModule:
     def greater(self, x: Any, y: Any) -> Array:
         """Of the values."""
         (u, _), (v, _) = _split(x), _split(y)
-        compared: Array = array_module(u).greater(u, v)
-        return compared
+        return array_module(u).greater(u, v)
 
     def isfinite(self, x: Dual) -> Array:
         """Of the values."""
-        finite: Array = array_module(x.value).isfinite(x.value)
-        return finite
+        return array_module(x.value).isfinite(x.value)
 
     def maximum(self, x: Any, y: Any, out: Dual | None = None) -> Dual:
         """The derivative of the larger one."""

@@ -76,8 +76,7 @@ def _backward(plain: Callable[..., Any]) -> Callable[..., Any]:
         arrays = [dy, saved[1]]
         kernel = kernel_for(plain, method, arrays)
         if kernel is None:
-            dx: Array = plain(self, dy, saved, needs_dx)
-            return dx
+            return plain(self, dy, saved, needs_dx)
         kernel(arrays)
         return dy
 
@@ -94,7 +93,7 @@ def _loss(plain: Callable[..., Any]) -> Callable[..., Any]:
         arrays = [output, target, output]  # the gradient will be like the output
         kernel = kernel_for(plain, method, arrays, factors=1)
         if kernel is None:
-            return plain(self, output, target, scale)  # type: ignore[no-any-return]
+            return plain(self, output, target, scale)
         gradient = array_module(output).empty_like(output)
         return kernel([output, target, gradient], [scale]), gradient
 

@@ -155,8 +155,7 @@ class Optimum:
     @property
     def costs(self) -> Floats:
         """Flops of all forwards of the optimal schedule, for each level; the last is the budget."""
-        costs: Floats = self._table[1, self.chain.depth]
-        return costs
+        return self._table[1, self.chain.depth]
 
     @property
     def feasible(self) -> bool:

@@ -129,10 +129,7 @@ def uncounted() -> AbstractContextManager[Any]:
     innermost = _active.innermost
     if innermost is None:
         return nullcontext()
-    using: AbstractContextManager[Any] = innermost.xp.cuda.using_allocator(
-        innermost.xp.get_default_memory_pool().malloc
-    )
-    return using
+    return innermost.xp.cuda.using_allocator(innermost.xp.get_default_memory_pool().malloc)
 
 
 def made_uncounted(items: Iterator[T]) -> Iterator[T]:

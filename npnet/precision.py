@@ -46,8 +46,7 @@ def storage_dtype(name: str) -> np.dtype[Any]:
             import ml_dtypes
         except ImportError as error:
             raise ImportError("bfloat16 needs the package ml_dtypes: pip install 'npnet[bfloat16]'") from error
-        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
+        return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(np.float16)
 
 

@@ -171,8 +171,7 @@ def keep_mask(xp: Any, shape: tuple[int, ...], p: float, key: int, step: int) ->
     """
     size, before = math.prod(shape), first_row() * math.prod(shape[1:])  # numbers of the rows that others have
     if xp is np:
-        mask: Array = draws(key, step, before).random(shape, np.float32) >= p
-        return mask
+        return draws(key, step, before).random(shape, np.float32) >= p
     block, skip = divmod(before, 8)  # a block is eight numbers
     count = -(-(skip + size) // 8)
     blocks = xp.arange(block + 1, block + 1 + count, dtype=np.uint64)  # (count,): the counters, which become the mask
@@ -180,7 +179,7 @@ def keep_mask(xp: Any, shape: tuple[int, ...], p: float, key: int, step: int) ->
     least = math.ceil(float(np.float32(p)) * 2**24)
     with np.errstate(over="ignore"):  # NumPy's single numbers would warn of what is meant: arithmetic modulo 2^64
         _keep_(blocks, np.uint64(key), np.uint64(step), np.uint64(least))
-    return blocks.view(np.bool_)[skip : skip + size].reshape(shape)  # type: ignore[no-any-return]
+    return blocks.view(np.bool_)[skip : skip + size].reshape(shape)
 
 
 _LOW, _HALF, _BYTE = np.uint64(2**32 - 1), np.uint64(32), np.uint64(2**8)

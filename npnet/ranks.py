@@ -145,7 +145,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         self.wait_for_all()
-        return self.communicator.allgather(value)  # type: ignore[no-any-return]
+        return self.communicator.allgather(value)
 
     def processes(self) -> str:
         """Who is who, for people: when a process is killed, ``mpiexec`` says its number."""

@@ -114,8 +114,7 @@ class Program:
             return buffer.array
         begin = offsets[buffer.whole] + buffer.begin
         block = self.arena[begin : begin + buffer.nbytes]
-        array: Array = block.view(buffer.dtype).reshape(buffer.shape, order=buffer.order)
-        return array
+        return block.view(buffer.dtype).reshape(buffer.shape, order=buffer.order)
 
     def __len__(self) -> int:
         """How many calls it makes."""

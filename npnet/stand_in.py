@@ -4,9 +4,8 @@ They ask for the module of what they are given (`npnet.array_module`), and get o
 arithmetic: derivatives (`npnet.dual`), or a record of what is called (`npnet.tracing`).
 """
 
+from operator import attrgetter
 from typing import Any, ClassVar
-
-import numpy as np
 
 
 class StandIn:
@@ -18,25 +17,10 @@ class StandIn:
     def __init__(self, value: Any) -> None:
         self.value = value
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As of an array."""
-        return self.value.shape  # type: ignore[no-any-return]
-
-    @property
-    def ndim(self) -> int:
-        """As of an array."""
-        return self.value.ndim  # type: ignore[no-any-return]
-
-    @property
-    def size(self) -> int:
-        """As of an array."""
-        return self.value.size  # type: ignore[no-any-return]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """As of an array."""
-        return self.value.dtype  # type: ignore[no-any-return]
+    shape = property(attrgetter("value.shape"))
+    ndim = property(attrgetter("value.ndim"))
+    size = property(attrgetter("value.size"))
+    dtype = property(attrgetter("value.dtype"))
 
     def __len__(self) -> int:
         return len(self.value)

@@ -15,6 +15,7 @@ stand-ins refuse to be looked at; what it decides by shapes and attributes is de
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
+from operator import attrgetter
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -85,6 +86,7 @@ class Traced(StandIn):
     """
 
     __slots__ = ("buffer", "path", "recording")
+    nbytes = property(attrgetter("value.nbytes"))
 
     def __init__(self, recording: "Recording", buffer: Buffer, phantom: Array, path: Path = ()) -> None:
         super().__init__(phantom)
@@ -93,11 +95,6 @@ class Traced(StandIn):
 
     def _view(self, step: Callable[[Array], Array]) -> "Traced":
         return Traced(self.recording, self.buffer, step(self.value), (*self.path, step))
-
-    @property
-    def nbytes(self) -> int:
-        """As of an array."""
-        return int(self.value.nbytes)
 
     @property
     def T(self) -> "Traced":  # noqa: N802 - NumPy's name
@@ -160,9 +157,7 @@ class Traced(StandIn):
         return _elementwise(ufunc, *inputs, out=None if out is None else out[0])
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> "Traced":
-        own = getattr(MODULE, function.__name__)
-        result: Traced = own(*args, **kwargs)
-        return result
+        return getattr(MODULE, function.__name__)(*args, **kwargs)
 
     def _looked_at(self, *_: Any, **__: Any) -> NoReturn:
         raise CannotCapture("what decides by the numbers of an array, or takes them away, cannot be recorded")

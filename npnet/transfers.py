@@ -85,7 +85,7 @@ class Transfers:
         if self._out and self._ahead is None:
             self._ahead = next(reversed(self._out))
             self._order_back(self._ahead)
-        return array.T if moved.transposed else array  # type: ignore[no-any-return]
+        return array.T if moved.transposed else array
 
     def clear(self) -> None:
         """Forget all. If a pass was broken off, the host waits for its copies: their memory is used again."""
