@@ -57,10 +57,12 @@ class CapturedStep:
         self._forget()
 
     def _forget(self) -> None:
-        self._programs: dict[Any, tuple[Program, list[dict[str, Any]]]] = {}  # by the kind of batch; whose steps count
+        # By shapes, dtypes and mode: the program, and what the optimizer remembers of each parameter it updates.
+        self._programs: dict[Any, tuple[Program, list[dict[str, Any]]]] = {}
         self._arena: Array | None = None  # where they all run
         self._bound: list[tuple[Parameter, Array, dict[str, Any] | None]] = []  # what programs overwrite
-        self._factors: list[tuple[dict[str, Any], tuple[Factor, ...]]] = []  # by the number of updates there were
+        # Factors are shared by the parameters that were updated as often: what is remembered of one says how often.
+        self._factors: list[tuple[dict[str, Any], tuple[Factor, ...]]] = []
         self._blocks: dict[Layer, dict[str, Array]] = {}  # "value", and what the optimizer remembers, of all parameters
         self._value = 0.0
 
@@ -123,7 +125,7 @@ class CapturedStep:
                 break
 
     def _program(self, x: Array, y: Array) -> tuple[Program, list[dict[str, Any]]]:
-        """That for a batch like this one, and what the optimizer remembers of the parameters that it updates."""
+        """The program for a batch like this one, and what the optimizer remembers of the parameters it updates."""
         self._prepare(x, y)
         kind = x.shape, x.dtype, y.shape, y.dtype, self.network.training
         if kind not in self._programs:
@@ -221,7 +223,7 @@ class CapturedStep:
         self._value = check_finite(value)
 
     def _factors_of(self, state: dict[str, Any]) -> tuple[Factor, ...]:
-        """Those of all parameters that were updated as often."""
+        """The factors of all parameters that were updated as often as the one that ``state`` is of."""
         for other, factors in self._factors:
             if other["steps"] == state["steps"]:
                 return factors

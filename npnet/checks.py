@@ -130,10 +130,10 @@ def check_float(dtype: npt.DTypeLike, kinds: str = "f") -> np.dtype[Any]:
 
 
 def check_room(numbers: int, name: str) -> None:
-    """Refuse an array of so many ``numbers`` if it were larger than the machine's memory, before that is tried.
+    """Refuse to make an array of so many ``numbers``, 8 bytes each, if it is larger than the machine's memory.
 
     Raises:
-        ValueError: it were.
+        ValueError: it is.
     """
     if numbers > 2**27:  # a gigabyte; below, psutil need not be loaded
         import psutil
@@ -264,7 +264,9 @@ def is_finite(array: Array) -> bool:
 
 
 def all_finite(arrays: Iterable[Array]) -> bool:
-    """As `is_finite`, for all arrays, none empty; on a device this waits once, and takes no memory of their size."""
+    """Whether no number of any of the arrays is infinite or NaN; none may be empty. On a device this waits once, and
+    makes no array of their size.
+    """
     finite: Any = True
     for array in arrays:
         xp, flat = array_module(array), array.ravel(order="K")  # CuPy copies what is not in C order, to reduce it

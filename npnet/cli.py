@@ -44,7 +44,7 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def resumed_settings(options: argparse.Namespace, save: Path) -> tuple[Settings, int]:
-    """Those of the save, and how many epochs are done; what was given must be the same, but for what changes no number.
+    """The save's settings, and how many epochs are done; options must say the same, but for what changes no number.
 
     Raises:
         ValueError: it is not.

@@ -28,7 +28,7 @@ Vector: TypeAlias = Mapping[str, Array]
 """One array per parameter, by its path: what `value_and_grad` returns is such a vector."""
 
 MOST_PARAMETERS = 5000
-"""Of a network whose whole Hessian can be had."""
+"""The most parameters that a network may have for `hessian`."""
 
 
 class HessianProduct(NamedTuple):

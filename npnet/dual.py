@@ -68,7 +68,7 @@ class Dual(StandIn):
         return self._linear(lambda u: u.mean(axis=axis, keepdims=keepdims))
 
     def max(self, axis: int | None = None, keepdims: bool = False) -> "Dual":
-        """The maximum as a constant: right where only a shift that cancels is made of it, as in softmax."""
+        """The maximum as a constant: right only where it is a shift that cancels, as in softmax."""
         return Dual(self.value.max(axis=axis, keepdims=keepdims))
 
 

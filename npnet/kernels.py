@@ -87,7 +87,7 @@ class Kernel:
         self.source = self._whole(pointers, numbers, body)
 
     def _index(self, vector: bool) -> str:
-        """Of an element in its array."""
+        """Where in its array an element is: in C."""
         return "i" if not vector else "c" if self.row_by_row else "i % columns"
 
     def _flat(self, reads: list[str], writes: list[str]) -> list[str]:

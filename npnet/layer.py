@@ -83,7 +83,7 @@ class LayerCost(NamedTuple):
 
     @property
     def dy_bytes(self) -> int:
-        """Of the gradient at the output."""
+        """Bytes of the gradient at the output."""
         return self.output_bytes if self.output_gradient_bytes is None else self.output_gradient_bytes
 
 
@@ -244,10 +244,10 @@ class Layer(Savable):
 
 
 def both(layer: Layer, result: Any) -> tuple[Array, Saved]:
-    """What the layer's ``forward`` returned.
+    """``result``, which the layer's ``forward`` returned, if it is a pair (y, saved).
 
     Raises:
-        TypeError: not a pair.
+        TypeError: it is not.
     """
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"{layer}: forward must return a pair (y, saved), it returned a {type(result).__name__}")

@@ -239,7 +239,7 @@ class Network(Savable):
         self._rehearsed = schedule, len(x), lent
 
     def _counted(self) -> list[Array]:
-        """What counts of the arrays that are there before a step: not those that are lent, which others hold."""
+        """The arrays that a budget counts before a step: the parameters' but for those lent, which others hold."""
         return [parameter.value for layer in self.layers for parameter in layer.parameters() if not parameter.lent]
 
     def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:

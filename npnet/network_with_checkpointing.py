@@ -19,7 +19,7 @@ from npnet.schedule import Schedule
 from npnet.schedules import ScheduleLike
 
 MOST_PLANS = 16
-"""Of batch sizes that a network remembers its plans for."""
+"""How many plans a network remembers: one for each batch size."""
 
 
 class NetworkWithCheckpointing(Network):

@@ -185,9 +185,9 @@ def exact_unit(chain: Chain) -> int:
 
 
 def remainders(chain: Chain, unit: int, first: Iterable[int] = ()) -> list[int]:
-    """What is left of the bytes that single steps need, by ``unit``: at budgets with these remainders costs can fall.
+    """The remainders, by ``unit``, of the bytes that single steps need: only at budgets with such a one can costs fall.
 
-    Those of ``first`` stand first.
+    The remainders of ``first`` stand first.
     """
     needs, layers = _Needs(chain), range(1, chain.depth + 1)
     found = dict.fromkeys(size % unit for size in first)

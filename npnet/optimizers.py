@@ -66,7 +66,7 @@ class Optimizer:
         return ()
 
     not_negative: ClassVar[tuple[str, ...]] = ()
-    """Those of them that hold squares."""
+    """The names among them whose arrays hold squares: `load_state_dict` refuses negative numbers there."""
 
     def step(self, parameters: Iterable[Parameter]) -> None:
         """Update every parameter that has a gradient, and set the gradient to None.
@@ -85,7 +85,7 @@ class Optimizer:
         """Allocate whatever their updates take, and add the weight decay to the gradients: once before an update.
 
         Returns:
-            Those that have a gradient.
+            The parameters that have a gradient.
 
         Raises:
             ValueError: a parameter is there twice.
@@ -133,7 +133,7 @@ class Optimizer:
         raise NotImplementedError(f"{type(self).__name__}._update")
 
     def held(self, parameters: Iterable[Parameter]) -> list[Array]:
-        """All arrays that there are from step to step: the parameters', and those that are kept of them."""
+        """All arrays that stay from step to step: the parameters' values, and what is kept for each."""
         given = check_parameters(parameters)
         held = [parameter.value for parameter in given]
         for parameter in given:
@@ -147,7 +147,7 @@ class Optimizer:
     def state_dict(self, parameters: Mapping[str, Parameter]) -> dict[str, Array]:
         """What is remembered of ``parameters``, on the host: "mean/0.weight" and so on; not copied.
 
-        Nothing of those that were never updated: zeros that were only prepared say nothing.
+        Parameters that were never updated are left out: there are zeros at most, which say nothing.
 
         Args:
             parameters: by name, as from `npnet.Layer.named_parameters`.

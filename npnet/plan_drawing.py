@@ -216,7 +216,7 @@ def _most_in_view(tradeoff: Tradeoff) -> float:
 
 
 def _best(plans: Sequence[Plan]) -> list[Plan]:
-    """Those that no other one beats in bytes and recomputation, from the smallest peak to the least recomputation."""
+    """The plans that no other beats in bytes and recomputation, from the smallest peak to the least recomputation."""
     best: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.peak_bytes, plan.overhead)):
         if not best or plan.overhead < best[-1].overhead:

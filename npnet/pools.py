@@ -21,7 +21,7 @@ BLOCK = 512
 
 
 def block_bytes(array: Any) -> int:
-    """What the size of an array beside this one is rounded up to: `BLOCK` on a device, 1 byte on NumPy."""
+    """To a multiple of how many bytes the backend of ``array`` rounds sizes up: `BLOCK` on a device, 1 on NumPy."""
     return BLOCK if hasattr(backend_of(array).xp, "cuda") else 1
 
 
@@ -86,7 +86,7 @@ class HardBudget:
     Args:
         backend: that of the arrays.
         budget: bytes, or None.
-        arrays: gives those that are there already, and count.
+        arrays: returns the arrays that are there already when it is entered, and are part of the budget.
     """
 
     def __init__(self, backend: Backend, budget: int | None, arrays: Callable[[], list[Array]]) -> None:
@@ -153,8 +153,9 @@ def peak_of_pools(xp: Any, call: Callable[[], Any]) -> tuple[Any, int, int, int,
     """Call, in a pool of its own.
 
     Returns:
-        What the call returned; bytes in use before it, and the most there were in it; what its pool took from the
-        device, pieces that lie free included; what others took meanwhile: CUDA, and libraries for their workspace.
+        (result, before, most, pool, others): what the call returned, and bytes: in use before it; the most in use
+        during it; what its pool took from the device, pieces that lie free included; what others took meanwhile (CUDA,
+        and libraries for their workspace).
     """
     free = xp.cuda.runtime.memGetInfo()[0]
     with OwnPool(xp) as own:

@@ -78,7 +78,7 @@ class Chain:
 
     @property
     def step_flops(self) -> int:
-        """Of a plain training step: each layer forward and backward once."""
+        """Flops of a plain training step: each layer forward and backward once."""
         return sum(self.forward_flops) + sum(self.backward_flops)
 
     def recompute_flops(self, schedule: Schedule) -> int:
@@ -313,7 +313,7 @@ def _moving(schedule: Iterable[Action], activation: Sequence[int]) -> Iterator[i
 
 
 def _restarted(schedule: Schedule) -> set[int]:
-    """The forward actions, by index, whose activation the next layer is run from more than once: checkpoints."""
+    """The indices of forward actions whose activation is a checkpoint: the next layer is run from it more than once."""
     made: dict[int, int] = {}
     runs: dict[int, int] = {}
     restarted = set()

@@ -66,7 +66,7 @@ def world() -> Any:
     return MPI.COMM_WORLD
 
 
-_keys: list[int] = []  # under which communicators remember those beside them
+_keys: list[int] = []  # one, once it is made: the key under which a communicator keeps npnet's own (MPI: attribute)
 
 
 def share_of(rank: int, size: int, rows: int) -> slice:
@@ -115,7 +115,7 @@ class Ranks:
         return f"rank {self.rank} of {self.size}"
 
     def _beside(self, communicator: Any, create_key: Callable[[], int]) -> Any:
-        """A communicator of npnet's own, so that its messages are never taken for others; the same one each time."""
+        """A duplicate of ``communicator``, so that messages are never taken for the caller's; it is made once."""
         if not _keys:
             _keys.append(create_key())
         own = communicator.Get_attr(_keys[0])
@@ -204,7 +204,7 @@ class Ranks:
 
         Raises:
             Exception: what was raised here.
-            RankFailed: nothing was, but elsewhere.
+            RankFailed: nothing was raised here, but something on another rank.
         """
         failure: Exception | None = None
         try:
@@ -285,7 +285,7 @@ class Ranks:
         return loss
 
     def any_signal(self, number: int | None) -> int | None:
-        """A signal that has come to some rank, on all ranks: the end of all, if there is one."""
+        """On all ranks the same: a signal that has come to one of them, and ends them all, or None."""
         came = [each for each in self._everybodys(number) if each is not None]
         self.ending = bool(came)
         return came[0] if came else None

@@ -1,4 +1,4 @@
-"""Saving a training run while it goes on, and going on with one that was saved."""
+"""Saving a training run while it goes on, and resuming one that was saved."""
 
 import os
 import warnings
@@ -17,7 +17,7 @@ class Saver:
     """Saves a training run every so many steps, when it is interrupted, and at its end: give it to `npnet.fit`.
 
     A save holds the weights, what the optimizer and the scaler remember, the random streams, the position within the
-    epoch and the history. A run that is broken off in any way, kill -9 included, and gone on with ends with the same
+    epoch and the history. A run that is broken off in any way, kill -9 included, and resumed ends with the same
     weights, bit for bit, as one that was not (on the same machine, with as many BLAS threads). A save is written whole
     or not at all: see `npnet.files.replacing`. `npnet.load` gives its model.
 

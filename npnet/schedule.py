@@ -47,6 +47,7 @@ Place: TypeAlias = Literal["host", "disk"]
 """Where activations go that leave memory: from a GPU into its host's memory, or into a file."""
 
 DURING = {DROP: ".", BACKWARD: "B", OFFLOAD: ">", FETCH: "<"}
+"""What `Schedule.diagram` prints for the activation that an action is about; for forward actions F or R."""
 
 
 class Action(NamedTuple):

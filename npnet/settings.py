@@ -73,7 +73,7 @@ class Settings:
 
     @property
     def strategy(self) -> dict[str, Any]:
-        """What says `npnet.plan` which schedule to choose."""
+        """The arguments that tell `npnet.plan` which schedule to choose."""
         if self.memory_budget is not None or self.offload is not None:
             return {"memory_budget": self.memory_budget, "offload": self.offload}
         return {"strategy" if isinstance(self.checkpoint_every, str) else "every_nth": self.checkpoint_every}

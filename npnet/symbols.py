@@ -54,13 +54,13 @@ class Line(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """A variable that goes through a row."""
+    """A variable that is gathered along a row: a sum, or a maximum."""
 
     name: str
     kind: str  # in C
-    function: str
-    of: str
-    ready: int  # the pass that it goes through the row in
+    function: str  # of `EXPRESSIONS`
+    of: str  # the variable that is summed, say
+    ready: int  # the pass over the row in which that is done
 
 
 class Trace:
@@ -73,7 +73,7 @@ class Trace:
         self.factors: list[Symbol] = []
 
     def name(self) -> str:
-        """Of the next variable."""
+        """The name of the next variable."""
         return f"v{len(self.lines) + len(self.reductions)}"
 
 

@@ -24,7 +24,7 @@ class OffloadError(OSError):
 
 
 class Moved:
-    """An activation in pinned memory, or on its way there or back: what is there, only the device may read."""
+    """An activation in pinned memory, or on its way there or back. The host itself does not read that memory."""
 
     array: Any  # on the device, while it is on its way
     copied: Any  # the event behind its latest copy
