@@ -84,45 +84,48 @@ def plan(
         communicating=ranks > 1,
         features=features,
     )
-    depth, bound = chain.depth, None
-    kind = strategy if isinstance(strategy, str) else None
-    if every_nth is not None and not (strategy is None or kind == "every_nth"):
-        raise ValueError(f"give every_nth or strategy={shown(strategy)}, not both")
-    if check_place(offload, "offload") is not None:
-        if every_nth is not None or not (strategy is None or kind == "offload"):
-            raise ValueError("give offload or another strategy, not both")
-        kind = strategy = "offload"
-        for parameter in (each for layer in network.layers for each in layer.parameters()):
-            check_elsewhere(offload, parameter.value)
-    if every_nth is not None:
-        candidates: Sequence[Schedule] = [schedules.every_nth(depth, every_nth, chain.needs_saved)]
-    elif kind == "optimal" or (strategy is None and budget is not None):
-        if budget is None:
-            raise ValueError("strategy 'optimal' needs memory_budget: bytes, or a size such as '20 MB'")
-        candidates, bound = _optimal(chain, budget)
-    elif kind == "every_nth":
-        if budget is None:
-            raise ValueError("strategy 'every_nth' needs every_nth=n, or a memory_budget to find n for")
-        candidates = list(_every_nth(chain))
-    elif kind == "revolve" and budget is not None:
-        candidates = list(_revolves(chain))
-    elif kind == "offload":
-        most = [depth] if budget is None else _spread(0, max(depth - 2, 0))
-        candidates = [schedules.offloaded(depth, 1, count, chain.needs_saved, offload) for count in most]
-    else:
-        candidates = [schedules.as_schedule("none" if strategy is None else strategy, depth, chain.needs_saved)]
-        check_saves(network.layers, candidates[0])
+    for name, given in (("offload", check_place(offload, "offload")), ("every_nth", every_nth)):
+        if given is not None:
+            if not (strategy is None or (isinstance(strategy, str) and strategy == name)):
+                raise ValueError(f"give {name} or strategy={shown(strategy)}, not both")
+            strategy = name
+    if strategy is None:
+        strategy = "none" if budget is None else "optimal"
+    candidates, bound = _candidates(network, chain, strategy, budget, every_nth, offload)
     names = tuple(map(repr, network.layers))
     plans = [Plan(schedule, chain, names, batch_size, budget, bound) for schedule in candidates]
     fitting = [each for each in plans if budget is None or each.peak_bytes <= budget]
     if budget is not None and not fitting:
-        restricted = every_nth is not None or not (strategy is None or kind == "optimal")
-        smallest = min(plans, key=lambda each: each.peak_bytes)
-        name = f"of this strategy ({smallest.schedule.name})" if restricted else "that was found"
-        if not restricted and depth > MOST_LAYERS:
-            name += f" ({smallest.schedule.name}; {depth} layers are too many to search all schedules)"
-        raise _infeasible(smallest, budget, name, restricted)
+        restricted = not (isinstance(strategy, str) and strategy == "optimal")
+        raise _infeasible(min(plans, key=lambda each: each.peak_bytes), budget, restricted)
     return min(fitting, key=lambda each: (each.recompute_flops, chain.moved_bytes(each.schedule), each.peak_bytes))
+
+
+def _candidates(
+    network: HasLayers, chain: Chain, strategy: ScheduleLike, budget: int | None, n: int | None, offload: Place | None
+) -> tuple[Sequence[Schedule], float | None]:
+    """The strategy's schedules, of which the cheapest that fits is to be taken; and, with "optimal", a bound on all."""
+    depth, kind = chain.depth, strategy if isinstance(strategy, str) else None
+    if kind == "optimal":
+        if budget is None:
+            raise ValueError("strategy 'optimal' needs memory_budget: bytes, or a size such as '20 MB'")
+        return _optimal(chain, budget)
+    if n is not None:
+        return [schedules.every_nth(depth, n, chain.needs_saved)], None
+    if kind == "every_nth":
+        if budget is None:
+            raise ValueError("strategy 'every_nth' needs every_nth=n, or a memory_budget to find n for")
+        return list(_every_nth(chain)), None
+    if kind == "revolve" and budget is not None:
+        return list(_revolves(chain)), None
+    if kind == "offload":
+        for parameter in (each for layer in network.layers for each in layer.parameters()):
+            check_elsewhere(offload, parameter.value)
+        most = [depth] if budget is None else _spread(0, max(depth - 2, 0))
+        return [schedules.offloaded(depth, 1, count, chain.needs_saved, offload) for count in most], None
+    schedule = schedules.as_schedule(strategy, depth, chain.needs_saved)
+    check_saves(network.layers, schedule)
+    return [schedule], None
 
 
 class Tradeoff(NamedTuple):
@@ -242,9 +245,12 @@ def _spread(first: int, last: int) -> list[int]:
     return sorted({round(number) for number in np.geomspace(first, last, 50)})
 
 
-def _infeasible(smallest: Plan, budget: int, name: str, restricted: bool) -> InfeasibleBudget:
-    """The error for a budget below that of ``smallest``."""
-    moment = smallest.binding
+def _infeasible(smallest: Plan, budget: int, restricted: bool) -> InfeasibleBudget:
+    """The error for a budget below that of ``smallest``; restricted: only one strategy was tried."""
+    moment, depth = smallest.binding, smallest.chain.depth
+    name = f"of this strategy ({smallest.schedule.name})" if restricted else "that was found"
+    if not restricted and depth > MOST_LAYERS:
+        name += f" ({smallest.schedule.name}; {depth} layers are too many to search all schedules)"
     least = f"{smallest.peak_bytes} bytes ({format_bytes(smallest.peak_bytes)})"
     return InfeasibleBudget(
         f"memory_budget: {format_bytes(budget)} is too little for a training step with batch size "

@@ -153,8 +153,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "offload: activations are in the host's memory already; 'disk' moves them out of it",
     ),
     "two": (lambda: trained(offload="disk", schedule="sqrt"), "give schedule or offload, not both"),
-    "n": (lambda: npnet.plan(model(), 10, offload="disk", every_nth=2), "give offload or another strategy, not both"),
-    "sqrt": (lambda: npnet.plan(model(), 10, offload="disk", strategy="sqrt"), "give offload or another strategy"),
+    "n": (lambda: npnet.plan(model(), 10, offload="disk", every_nth=2), "give every_nth or strategy='offload', not"),
+    "sqrt": (lambda: npnet.plan(model(), 10, offload="disk", strategy="sqrt"), "give offload or strategy='sqrt', not"),
     "little": (lambda: trained(offload="disk", memory_budget="100 kB"), "the smallest budget of this strategy"),
 }
 
