@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from npnet.backend import Array, backend_of, to_backend
-from npnet.checks import check_flag, check_list, check_pairs, check_whole
+from npnet.checks import check_flag, check_pairs, check_whole, shown
 from npnet.layer import Pair
 from npnet.random import RNG, as_generator
 from npnet.ranks import share_of
@@ -32,8 +32,10 @@ def batches(
     check_pairs(x, y)
     shuffle, drop_last = check_flag(shuffle, "shuffle"), check_flag(drop_last, "drop_last")
     batch_size = check_whole(batch_size, "batch_size", least=1)
-    rank, size = check_list(part, 2, "part")
-    rank, size = check_whole(rank, "part: rank", most=check_whole(size, "part: size", least=1) - 1), int(size)
+    if not isinstance(part, (tuple, list)) or len(part) != 2:
+        raise TypeError(f"part: expected (rank, size), got {shown(part)}")
+    size = check_whole(part[1], "part: size", least=1)
+    rank = check_whole(part[0], "part: rank", most=size - 1)
     order = as_generator(rng).permutation(len(x)) if shuffle else None  # drawn now, whoever takes how many
     firsts = range(check_whole(start, "start"), len(x) - (batch_size - 1 if drop_last else 0), batch_size)
 

@@ -73,7 +73,8 @@ def plot_history(history: History, ax: "Axes | None" = None) -> "Axes":
     ax = axes_or_new(ax)
     epochs = [epoch.epoch for epoch in history.epochs]
     ax.plot(epochs, [epoch.loss for epoch in history.epochs], "o-", color=BLUE)
-    reached = f"training: {100 * history.accuracy:.2f} % on the test data" if history.accuracy else "training"
+    score = history.accuracy
+    reached = "training" if score is None else f"training: {100 * score:.2f} % on the test data"
     ax.set(title=reached, xlabel="epoch", ylabel="mean training loss")
     ax.yaxis.label.set_color(BLUE)
     _whole_ticks(ax)
