@@ -343,6 +343,8 @@ def _modules(stand_ins: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         for name, module in before.items():
+            if sys.modules.get(name) is not stand_ins[name]:
+                continue  # a test has loaded the real one
             if module is None:
                 del sys.modules[name]
             else:

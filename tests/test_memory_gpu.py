@@ -1,6 +1,7 @@
 """Memory on a device, counted and limited: in the pools of a made-up CuPy, and of the real one where there is a GPU."""
 
 import gc
+import importlib
 import inspect
 import re
 import sys
@@ -217,8 +218,12 @@ def public(cls: type) -> set[str]:
 
 
 def test_cupy_has_what_the_made_up_one_has(device: Device) -> None:
-    made_up = sys.modules.pop("cupy")
+    made_up = sys.modules["cupy"]
+    for name in ("cupy", "cupy.cublas", "cupyx.scipy.special"):
+        del sys.modules[name]
     real = pytest.importorskip("cupy")
+    assert {"x", "y"} <= set(inspect.signature(importlib.import_module("cupy.cublas").dot).parameters)
+    assert "order" in inspect.signature(real.asnumpy).parameters
     assert public(made_up.cuda.MemoryHook) | {"__enter__", "__exit__"} <= set(dir(real.cuda.MemoryHook))
     assert {"malloc", "used_bytes", "total_bytes", "free_all_blocks", "set_limit"} <= public(Pool) - {"free"}
     assert public(Pool) - {"free"} <= set(dir(real.cuda.MemoryPool()))
