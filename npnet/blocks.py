@@ -124,12 +124,8 @@ class LayerNorm(Layer):
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array:
         x, mean, scale = saved
-        xp, n, weight, one = (
-            array_module(dy),
-            self.features,
-            self.weight.value,
-            ones(array_module(dy), len(dy), dy.dtype),
-        )
+        xp, n, weight = array_module(dy), self.features, self.weight.value
+        one = ones(xp, len(dy), dy.dtype)  # (batch,)
         product = xp.subtract(x, mean)  # (batch, features)
         xp.multiply(product, scale, out=product)
         xp.multiply(product, dy, out=product)  # dy * n
