@@ -10,7 +10,7 @@ import numpy.typing as npt
 from npnet import random
 from npnet.backend import Array, array_module, backend_of, ones, to_backend
 from npnet.checks import check_float, check_number, check_room, check_whole, shown
-from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError
+from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, LayerError, Parameter, Saved, ShapeError
 from npnet.random import RNG, as_generator, current_step
 
 
@@ -272,7 +272,7 @@ class Residual(Layer):
     def forward(self, x: Array) -> tuple[Array, Saved]:
         try:
             h, kept = self.inner.forward(x)
-        except (ShapeError, KindError) as error:
+        except LayerError as error:
             raise error.within("inner") from None
         self._check(x.shape, h.shape)
         return array_module(x).add(x, h), kept

@@ -15,7 +15,7 @@ import numpy as np
 
 from npnet.backend import Array, to_host
 from npnet.checks import check_callable, check_flag, check_kind, check_whole, shown
-from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Saved, ShapeError
+from npnet.layer import InPlaceLayer, Layer, LayerCost, LayerError, Saved, ShapeError
 from npnet.layers import Sequential
 from npnet.offload import Store, borrowed_store
 from npnet.pricing import check_saves
@@ -128,7 +128,7 @@ def _run(
             for number in range(first, last + 1):
                 try:
                     output, kept = layers[number - 1].forward(output)
-                except (ShapeError, KindError) as error:
+                except LayerError as error:
                     raise error.within(str(number - 1)) from None
                 if not passes:
                     held[number] = output
@@ -229,7 +229,7 @@ class Checkpoint(InPlaceLayer):
                 return self.inner.forward(x)
             with one_step() as step:
                 y, _ = self.inner.forward(x)
-        except (ShapeError, KindError) as error:
+        except LayerError as error:
             raise error.within("inner") from None
         return y, _Input(x, step, digest(y) if self.determinism_check or _checking.always else None)
 

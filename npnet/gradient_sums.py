@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from npnet.backend import Array, array_module, straight
+from npnet.backend import Array, along_rows, array_module
 from npnet.layer import Layer, Parameter
 from npnet.layers import Sequential
 from npnet.losses import TrainingDiverged
@@ -136,7 +136,7 @@ class GradientSums:
             order: Any = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
             flat = self._buffers[self._filling][self._used : self._used + value.size]
             view = flat.reshape(value.shape, order=order)
-            target, source = straight(view, gradient)
+            target, source = along_rows(view, gradient)
             target[...] = source
             self._parts.append(Part(parameter, view, None if self._update else gradient))
             self._used += value.size
@@ -182,7 +182,7 @@ class GradientSums:
             if gradient is None:
                 parameter.gradient = view
             else:
-                target, source = straight(gradient, view)
+                target, source = along_rows(gradient, view)
                 target[...] = source
                 parameter.gradient = gradient
         if self._update is not None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from npnet.backend import Array, array_module, backend_of, straight, to_backend, to_host
+from npnet.backend import Array, along_rows, array_module, backend_of, to_backend, to_host
 from npnet.checks import check_flag
 from npnet.savable import Savable
 
@@ -44,7 +44,7 @@ class Parameter:
         if self.gradient is None:
             self.gradient = gradient
         else:
-            mine, more = straight(self.gradient, gradient)
+            mine, more = along_rows(self.gradient, gradient)
             mine += more
 
     def take_gradient(self) -> Array:
@@ -87,7 +87,7 @@ class LayerCost(NamedTuple):
         return self.output_bytes if self.output_gradient_bytes is None else self.output_gradient_bytes
 
 
-class _Located(Exception):
+class LayerError(Exception):
     """An error that says where in the model it happened: each model that it passes through puts a name in front."""
 
     path: tuple[str, ...] = ()
@@ -102,11 +102,11 @@ class _Located(Exception):
         return f"layer {'.'.join(self.path)}, {text}" if self.path else text
 
 
-class ShapeError(_Located, ValueError):
+class ShapeError(LayerError, ValueError):
     """A layer cannot take an array of this shape."""
 
 
-class KindError(_Located, TypeError):
+class KindError(LayerError, TypeError):
     """A layer cannot take an array of this dtype, or of this backend."""
 
 

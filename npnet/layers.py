@@ -10,7 +10,18 @@ from npnet.activations import INITIALIZERS, Activation, as_activation
 from npnet.backend import Array, array_module, backend_of, get_backend, ones, to_backend
 from npnet.checks import check_array, check_float, check_room, check_sizes, check_whole, shown
 from npnet.initializers import Initializer, as_initializer, xavier_normal
-from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, Parameter, Saved, ShapeError, both, costs_of
+from npnet.layer import (
+    InPlaceLayer,
+    KindError,
+    Layer,
+    LayerCost,
+    LayerError,
+    Parameter,
+    Saved,
+    ShapeError,
+    both,
+    costs_of,
+)
 from npnet.random import RNG, as_generator
 
 
@@ -176,7 +187,7 @@ class Sequential(Layer):
         for number, layer in enumerate(self.layers):
             try:
                 x, kept = both(layer, layer.forward(x))
-            except (ShapeError, KindError) as error:
+            except LayerError as error:
                 raise error.within(str(number)) from None
             saved.append(kept)
         return x, saved
@@ -232,7 +243,7 @@ class Sequential(Layer):
         for number, layer in enumerate(self.layers):
             try:
                 x = layer(x)
-            except (ShapeError, KindError) as error:
+            except LayerError as error:
                 raise error.within(str(number)) from None
         return x
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npnet import schedules
-from npnet.backend import Array, array_module, dot, get_backend, straight, to_backend
+from npnet.backend import Array, along_rows, array_module, dot, get_backend, to_backend
 from npnet.checkpoint import Restore, backpropagate, clear_gradients
 from npnet.checks import (
     check_array,
@@ -321,5 +321,5 @@ class Network(Savable):
 def _descend(layer: Layer) -> None:
     """w <- w - g for each parameter of the layer."""
     for parameter in layer.parameters():
-        weight, gradient = straight(parameter.writable(), parameter.take_gradient())
+        weight, gradient = along_rows(parameter.writable(), parameter.take_gradient())
         array_module(weight).subtract(weight, gradient, out=weight)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from npnet.backend import Array, array_module, backend_of, dot, straight, to_backend, to_host
+from npnet.backend import Array, along_rows, array_module, backend_of, dot, to_backend, to_host
 from npnet.checks import check_kind, check_mapping, check_number, shown
 from npnet.layer import Parameter
 from npnet.losses import check_finite
@@ -101,7 +101,7 @@ class Optimizer:
         if self.weight_decay:
             for parameter, weight in zip(ready, weights, strict=True):
                 xp, decay = array_module(weight), array_module(weight).empty_like(weight)
-                xp.multiply(straight(weight)[0], self.weight_decay, out=straight(decay)[0])
+                xp.multiply(along_rows(weight)[0], self.weight_decay, out=along_rows(decay)[0])
                 parameter.accumulate(decay)
         return ready
 
@@ -307,7 +307,7 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
             squares = dot(flat, flat).astype(np.float64) + squares
     norm = check_finite(math.sqrt(float(squares)), "the norm of the gradient")  # on a device the one wait
     if norm > max_norm:
-        for (gradient,) in map(straight, gradients):
+        for (gradient,) in map(along_rows, gradients):
             gradient *= max_norm / norm
     return norm
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from npnet.backend import Array, array_module, backend_of, straight
+from npnet.backend import Array, along_rows, array_module, backend_of
 from npnet.checkpoint import Checkpoint
 from npnet.checks import (
     all_finite,
@@ -270,7 +270,7 @@ class GradScaler:
         given = check_parameters(parameters)
         self._unscaled = True
         gradients = [parameter.gradient for parameter in given if parameter.gradient is not None]
-        for (gradient,) in map(straight, gradients):
+        for (gradient,) in map(along_rows, gradients):
             gradient *= 1 / self._scale
         finite = all_finite(gradients)
         self._finite = finite and self._finite is not False

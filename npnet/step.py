@@ -78,14 +78,20 @@ def add_gradients(
         OutOfMemory: memory ran out; all gradients are cleared.
     """
     network = as_chain(model)
-    if not isinstance(schedule, Schedule):
-        schedule = as_schedule(schedule, len(network.layers), needs_saved(network.layers))
+    schedule = _schedule_of(network, schedule)
     start = _OutputGradient(loss, y, weight)
     with explained(network, schedule, x, loss=loss):
         backpropagate(
             network.layers, schedule, x, start, after_backward=after_backward, determinism_check=determinism_check
         )
     return start.value
+
+
+def _schedule_of(network: Sequential, schedule: ScheduleLike) -> Schedule:
+    """The schedule for the network's layers that ``schedule`` stands for (see `npnet.schedules.as_schedule`)."""
+    if isinstance(schedule, Schedule):
+        return schedule
+    return as_schedule(schedule, len(network.layers), needs_saved(network.layers))
 
 
 def value_and_grad(
@@ -104,7 +110,7 @@ def train_step(
     model: Layer,
     loss: Loss,
     optimizer: Optimizer,
-    schedule: Schedule,
+    schedule: ScheduleLike,
     x: Array,
     y: Array,
     *,
@@ -133,7 +139,7 @@ def accumulated_step(
     model: Layer,
     loss: Loss,
     optimizer: Optimizer,
-    schedule: Schedule,
+    schedule: ScheduleLike,
     micro_batches: Iterable[Pair],
     samples: int,
     *,
@@ -150,6 +156,7 @@ def accumulated_step(
     once more where gradients are clipped, and where they are scaled.
 
     Args:
+        schedule: what to keep and what to recompute; see `npnet.schedules.as_schedule`.
         micro_batches: pairs (x, y), (batch, features) and (batch, outputs).
         samples: how many rows they have together; nothing is read beyond these.
         clip_norm: scale the gradient to this norm at most (see `clip_grad_norm`). Then all gradients are alive
@@ -169,6 +176,7 @@ def accumulated_step(
         ValueError: the micro-batches end before, or in the middle of one; nothing was updated.
     """
     network = as_chain(model)
+    schedule = _schedule_of(network, schedule)
     clear_gradients(network.layers)
     check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
     samples, value, seen = check_whole(samples, "samples"), 0.0, 0

@@ -9,7 +9,7 @@ import pytest
 
 import npnet
 from npnet import backend, checks, lending, measuring, optimizers, precision
-from npnet.backend import dot, straight, to_backend, to_host
+from npnet.backend import along_rows, dot, to_backend, to_host
 from npnet.layer import Parameter
 from tests.kernels import COMPILER, RawKernel
 from tests.pool import Device, counted_device, install_device
@@ -62,15 +62,15 @@ def test_what_the_guard_makes_on_the_way_is_counted(device: Device) -> None:
 # npnet goes around it.
 
 
-def test_straight_arrays_are_rows_with_the_same_memory(device: Device) -> None:
+def test_along_rows_is_the_same_memory(device: Device) -> None:
     x = columns()
-    row, other = straight(x, x)
+    row, other = along_rows(x, x)
     assert row.flags.c_contiguous
     assert other.shape == MATRIX.T.shape
     row *= 2
     np.testing.assert_array_equal(to_host(x), 2 * MATRIX)
     for as_it_is in (MATRIX, x.T, x[0]):
-        assert straight(as_it_is)[0] is as_it_is  # NumPy's; rows; a vector, strided
+        assert along_rows(as_it_is)[0] is as_it_is  # NumPy's; rows; a vector, strided
 
 
 def test_a_layout_survives_the_way_to_the_host_and_back(device: Device, tmp_path: Path) -> None:
