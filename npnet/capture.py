@@ -233,7 +233,7 @@ class CapturedStep:
 
     @contextmanager
     def _stand_ins(self, recording: Recording, parameters: dict[str, Parameter]) -> Iterator[None]:
-        """While it lasts, the parameters and what the optimizer remembers are stand-ins."""
+        """Inside it, the parameters and what the optimizer remembers are stand-ins."""
         values, states = [each.value for each in parameters.values()], self.optimizer._state
         stand_ins: list[Any] = [recording.constant(each.value, name) for name, each in parameters.items()]
         names = {each: name for name, each in parameters.items()}

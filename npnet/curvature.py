@@ -86,7 +86,7 @@ def _dual(x: Array) -> Any:
 
 @contextmanager
 def _tangents(model: Layer, vector: Vector) -> Iterator[None]:
-    """While it lasts, the parameters are dual arrays with the vector as their tangent."""
+    """Inside it, the parameters are dual arrays with the vector as their tangent."""
     parameters = model.named_parameters()
     before = {name: parameter.value for name, parameter in parameters.items()}
     try:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """While it lasts, the first SIGINT or SIGTERM is noted, for `check` to raise; a second one is raised at once.
+    """Inside it, the first SIGINT or SIGTERM is noted, for `check` to raise; a second one is raised at once.
 
     Only in the main thread, where Python handles signals, and only where nobody else handles them.
     """

@@ -97,7 +97,7 @@ def measuring() -> Iterator[None]:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """While it lasts, tracemalloc traces; what somebody else started is not stopped.
+    """Inside it, tracemalloc traces; what somebody else started is not stopped.
 
     Raises:
         RuntimeError: somebody stopped it meanwhile, and what it had counted is gone.
@@ -133,7 +133,7 @@ def _measure_cupy(call: Callable[[], Any]) -> MemoryReport:
 
 @contextmanager
 def limit_memory(size: float | str, backend: str | None = None) -> Iterator[None]:
-    """While it lasts, what this thread allocates on the GPU may take ``size`` at most, in blocks of 512 bytes.
+    """Inside it, what this thread allocates on the GPU may take ``size`` at most, in blocks of 512 bytes.
 
     With more, an allocation fails as it does where the device is full; in a training step that becomes
     `npnet.OutOfMemory`. What was there before does not count, nor what libraries take for themselves.

@@ -125,7 +125,7 @@ def _keep(pool: Any) -> None:
 
 
 def uncounted() -> AbstractContextManager[Any]:
-    """While it lasts, this thread allocates in CuPy's default pool, which no limit counts: the caller's data."""
+    """Inside it, this thread allocates in CuPy's default pool, which no limit counts: the caller's data."""
     innermost = _active.innermost
     if innermost is None:
         return nullcontext()

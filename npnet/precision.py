@@ -132,7 +132,7 @@ class HalfProducts(Stored):
 
     @contextmanager
     def _half_parameters(self) -> Iterator[None]:
-        """While it lasts, the parameters are half copies of themselves; the gradients they get are added to the old."""
+        """Inside it, the parameters are half copies of themselves; the gradients they get are added to the old."""
         parameters = self.inner.parameters()
         before = [(parameter.value, parameter.gradient) for parameter in parameters]
         try:

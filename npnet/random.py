@@ -91,7 +91,7 @@ def set_seed(seed: int) -> dict[str, int]:
 
 @contextmanager
 def one_step(step: int | None = None) -> Iterator[int]:
-    """While it lasts, every draw belongs to one step: by default the step under way, or else a new one."""
+    """Inside it, every draw belongs to one step: by default the step under way, or else a new one."""
     before = _state.step
     if step is None:
         step = new_step() if before is None else before
@@ -137,7 +137,7 @@ def current_step() -> int:
 
 @contextmanager
 def rows_from(first: int) -> Iterator[None]:
-    """While it lasts, the rows at work are those of a batch from number ``first`` on: a process's share of it."""
+    """Inside it, the rows at work are those of a batch from number ``first`` on: a process's share of it."""
     before, _state.first_row = _state.first_row, first
     try:
         yield

@@ -222,7 +222,7 @@ class Ranks:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """While it lasts, an error that the other ranks do not know of ends them all; the message names this one.
+        """Inside it, an error that the other ranks do not know of ends them all; the message names this one.
 
         The message is printed, and ``MPI_Abort`` called: the others may be anywhere.
         """

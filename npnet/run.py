@@ -1,4 +1,4 @@
-"""A training run: all that changes from step to step, so that it can be written down and gone on with."""
+"""A training run: all that changes from step to step, so that it can be saved and resumed."""
 
 import math
 import statistics

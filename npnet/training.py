@@ -187,7 +187,7 @@ def _train_epoch(recipe: Recipe, run: TrainingRun, step: Step, interrupts: Inter
 
     (x, y), window, steps = recipe.training_data, recipe.window, recipe.steps
     model, optimizer, ranks = recipe.model, recipe.optimizer, recipe.ranks
-    run.stream = run.generator.bit_generator.state  # the order is drawn from it: again, if the epoch is gone on with
+    run.stream = run.generator.bit_generator.state  # the order is drawn from it: again, if the epoch is resumed
     done, score, rate = len(run.losses), None, optimizer.learning_rate
     number = done  # of the step under way
     what = {"desc": f"epoch {run.number}", "unit": "step", "disable": not recipe.log, "mininterval": 0.5}
