@@ -32,7 +32,14 @@ class Activation(InPlaceLayer):
         size = shape[0] * shape[1]
         bytes_, (forward, backward) = size * dtype.itemsize, self.flops
         slope = size * self.slope_arrays * (self.slope_itemsize or dtype.itemsize)
-        return LayerCost(shape, bytes_, 0, 0, 0, slope, forward * size, backward * size, in_place=True)
+        return LayerCost(
+            shape,
+            bytes_,
+            backward_bytes=slope,
+            forward_flops=forward * size,
+            backward_flops=backward * size,
+            in_place=True,
+        )
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         self.check_input(x)

@@ -61,7 +61,17 @@ class Dropout(Layer):
         drawn = 4 * size if drops else 0  # the numbers that the mask is made of, gone before y is there
         bytes_ = size * dtype.itemsize
         forward = max(mask, mask + drawn - bytes_)
-        return LayerCost(shape, bytes_, mask, forward, 0, 0, 3 * size, 2 * size, False, False, True)
+        return LayerCost(
+            shape,
+            bytes_,
+            saved_bytes=mask,
+            forward_bytes=forward,
+            forward_flops=3 * size,
+            backward_flops=2 * size,
+            keeps_input=False,
+            keeps_output=False,
+            in_place=True,
+        )
 
 
 def keep_mask(x: Array, key: int, p: float) -> Array:
@@ -148,12 +158,12 @@ class LayerNorm(Layer):
         return LayerCost(
             shape,
             bytes_,
-            columns,
-            columns,
-            gradients,
-            bytes_ + gradients,
-            7 * size,
-            14 * size,
+            saved_bytes=columns,
+            forward_bytes=columns,
+            gradient_bytes=gradients,
+            backward_bytes=bytes_ + gradients,
+            forward_flops=7 * size,
+            backward_flops=16 * size,
             keeps_output=False,
             in_place=True,
         )
@@ -231,7 +241,15 @@ class GELU(InPlaceLayer):
         size = shape[0] * shape[1]
         bytes_, exact = size * dtype.itemsize, self.approximate == "none"
         workspace = bytes_ * (2 if exact else 3)
-        return LayerCost(shape, bytes_, 0, bytes_ if exact else 0, 0, workspace, 9 * size, 17 * size, in_place=True)
+        return LayerCost(
+            shape,
+            bytes_,
+            forward_bytes=bytes_ if exact else 0,
+            backward_bytes=workspace,
+            forward_flops=9 * size,
+            backward_flops=17 * size,
+            in_place=True,
+        )
 
 
 def erf(x: Array) -> Array:
@@ -299,12 +317,12 @@ class Residual(Layer):
         return LayerCost(
             shape,
             bytes_,
-            saved,
-            max(inner.forward_bytes, bytes_ + inner.saved_bytes),
-            inner.gradient_bytes,
-            bytes_ + inner.backward_bytes,
-            inner.forward_flops + size,
-            inner.backward_flops + size,
+            saved_bytes=saved,
+            forward_bytes=max(inner.forward_bytes, bytes_ + inner.saved_bytes),
+            gradient_bytes=inner.gradient_bytes,
+            backward_bytes=bytes_ + inner.backward_bytes,
+            forward_flops=inner.forward_flops + size,
+            backward_flops=inner.backward_flops + size,
             keeps_input=inner.keeps_input,
             keeps_output=False,
             in_place=True,

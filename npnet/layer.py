@@ -70,12 +70,12 @@ class LayerCost(NamedTuple):
 
     output_shape: tuple[int, int]  # (batch, features)
     output_bytes: int
-    saved_bytes: int  # of what ``saved`` holds besides input and output
-    forward_bytes: int  # the most that forward takes at once besides input and output, ``saved`` included
-    gradient_bytes: int  # of the gradients of the parameters
-    backward_bytes: int  # the most that backward_ takes at once besides what it is given: gradients and dx included
-    forward_flops: int
-    backward_flops: int
+    saved_bytes: int = 0  # of what ``saved`` holds besides input and output
+    forward_bytes: int = 0  # the most that forward takes at once besides input and output, ``saved`` included
+    gradient_bytes: int = 0  # of the gradients of the parameters
+    backward_bytes: int = 0  # the most that backward_ takes at once besides what it is given: gradients, dx included
+    forward_flops: int = 0
+    backward_flops: int = 0
     keeps_input: bool = True  # ``saved`` holds the input
     keeps_output: bool = True  # ... and the output
     in_place: bool = False  # backward_ returns dx in the buffer of dy

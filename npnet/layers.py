@@ -105,8 +105,6 @@ class Dense(InPlaceLayer):
         return LayerCost(
             activation.output_shape,
             activation.output_bytes,
-            saved_bytes=0,
-            forward_bytes=0,
             gradient_bytes=gradients,
             backward_bytes=max(activation.backward_bytes, gradients + dx),  # the slope is gone before they come
             forward_flops=product + batch * self.out_features + activation.forward_flops,
@@ -225,16 +223,16 @@ class Sequential(Layer):
         return LayerCost(
             costs[-1].output_shape,
             costs[-1].output_bytes,
-            saved,
-            max(forward_bytes, saved),
-            gradients,
-            backward_bytes,
-            sum(cost.forward_flops for cost in costs),
-            sum(cost.backward_flops for cost in costs),
-            costs[0].keeps_input,
-            costs[-1].keeps_output,
-            all(cost.in_place for cost in costs),
-            costs[-1].output_gradient_bytes,
+            saved_bytes=saved,
+            forward_bytes=max(forward_bytes, saved),
+            gradient_bytes=gradients,
+            backward_bytes=backward_bytes,
+            forward_flops=sum(cost.forward_flops for cost in costs),
+            backward_flops=sum(cost.backward_flops for cost in costs),
+            keeps_input=costs[0].keeps_input,
+            keeps_output=costs[-1].keeps_output,
+            in_place=all(cost.in_place for cost in costs),
+            output_gradient_bytes=costs[-1].output_gradient_bytes,
         )
 
     @np.errstate(over="ignore", invalid="ignore")
