@@ -49,6 +49,7 @@ def plan_report(
         "plain": plan(model, settings.batch_size, strategy="none", **options),
         "sqrt": plan(model, settings.batch_size, strategy="sqrt", **options),
         "revolve": plan(model, settings.batch_size, strategy="revolve", **options),
+        "offload": plan(model, settings.batch_size, strategy="offload", **options),
     }
     curve = tradeoff(model, settings.batch_size, **options) if len(model.layers) <= MOST_LAYERS else None
     if curve is not None:

@@ -74,7 +74,7 @@ def few(mnist):
     return tuple((x[:rows], y[:rows]) for (x, y), rows in zip(mnist, (1000, 1500), strict=True))
 
 
-WHOLE = pytest.param("mnist", ARCHITECTURES[-1], 5, marks=pytest.mark.slow)
+WHOLE = pytest.param("mnist", ARCHITECTURES[-1], 2, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("data", "architecture", "epochs"), [("few", sizes, 3) for sizes in ARCHITECTURES] + [WHOLE])
