@@ -234,11 +234,15 @@ def to_host(x: Any) -> Array:
 
 
 def dot(x: Array, y: Array) -> Any:
-    """The product of two vectors, an array without axes; CuPy's own function makes an array of their length first."""
+    """The product of two vectors that lie in one piece, an array without axes.
+
+    CuPy's own function makes an array of their length first; cuBLAS does not, and knows single and double precision.
+    """
     if isinstance(x, np.ndarray):
         return np.dot(x, y)
     xp = array_module(x)
-    return (importlib.import_module("cupy.cublas") if hasattr(xp, "cuda") else xp).dot(x, y)
+    cublas = hasattr(xp, "cuda") and x.dtype.char in "fd"
+    return (importlib.import_module("cupy.cublas") if cublas else xp).dot(x, y)
 
 
 def along_rows(*arrays: Array) -> tuple[Array, ...]:

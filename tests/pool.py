@@ -311,7 +311,10 @@ def _erf(x: DeviceArray) -> DeviceArray:
 
 
 def _dot(x: DeviceArray, y: DeviceArray) -> DeviceArray:
-    """cupy.cublas.dot."""
+    """cupy.cublas.dot, which takes every next number, whatever the strides."""
+    if x.dtype.char not in "fd" or y.dtype != x.dtype:
+        raise TypeError("invalid dtype")
+    assert x.flags.c_contiguous and y.flags.c_contiguous  # noqa: PT018 - it would read others
     return DeviceArray(np.asarray(np.dot(x._data, y._data)))
 
 

@@ -73,6 +73,13 @@ def test_along_rows_is_the_same_memory(device: Device) -> None:
         assert along_rows(as_it_is)[0] is as_it_is  # NumPy's; rows; a vector, strided
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_vectors_are_multiplied_whatever_their_precision(device: Device, dtype: Any) -> None:
+    host = np.arange(5, dtype=dtype)
+    found = to_host(dot(to_backend(host, "cupy"), to_backend(host, "cupy")))
+    assert (found, found.dtype) == (30, np.dtype(dtype))
+
+
 def test_a_layout_survives_the_way_to_the_host_and_back(device: Device, tmp_path: Path) -> None:
     x = columns()
     assert to_host(x).flags.f_contiguous
