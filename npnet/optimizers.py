@@ -101,7 +101,8 @@ class Optimizer:
         if self.weight_decay:
             for parameter, weight in zip(ready, weights, strict=True):
                 xp, decay = array_module(weight), array_module(weight).empty_like(weight)
-                xp.multiply(along_rows(weight)[0], self.weight_decay, out=along_rows(decay)[0])
+                rows, target = along_rows(weight, decay)
+                xp.multiply(rows, self.weight_decay, out=target)
                 parameter.accumulate(decay)
         return ready
 

@@ -162,8 +162,8 @@ class Schedule(tuple[Action, ...]):
         self.runs = self._compile()
         return self
 
-    def __getnewargs__(self) -> tuple[tuple[Action, ...], int, str, frozenset[int], Place | None]:
-        return tuple(self), self.depth, self.name, self.needs_saved, self.offload_to
+    def __getnewargs__(self) -> tuple[tuple[Action, ...], int, str, frozenset[int]]:
+        return tuple(self), self.depth, self.name, self.needs_saved  # what else there is, pickle takes as attributes
 
     def __str__(self) -> str:
         return ", ".join(map(str, self))
