@@ -32,7 +32,8 @@ from npnet.curvature import (
 from npnet.batching import batches
 from npnet.datasets import DataError, load_diabetes, load_mnist, make_linear, one_hot
 from npnet.failures import OutOfMemory
-from npnet.layer import Layer, LayerCost, Parameter
+from npnet.layer import Layer, LayerCost
+from npnet.parameter import Buffer, Parameter
 from npnet.layers import Dense, Linear, Sequential, mlp
 from npnet.losses import BCEWithLogits, Loss, MeanSquaredError, Quadratic, SoftmaxCrossEntropy, TrainingDiverged
 from npnet.measuring import measure_timeline, step_costs
@@ -63,6 +64,7 @@ __all__ = [
     "Adam",
     "BCEWithLogits",
     "BackendUnavailable",
+    "Buffer",
     "CannotCapture",
     "CapturedStep",
     "DataError",

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from npnet import random
 from npnet.backend import Array, array_module, backend_of, ones, to_backend
 from npnet.checks import check_float, check_number, check_room, check_whole, shown
-from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, LayerError, Parameter, Saved, ShapeError
+from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, LayerError, Saved, ShapeError
+from npnet.parameter import Parameter
 from npnet.random import RNG, as_generator, current_step
 
 
@@ -30,6 +31,7 @@ class Dropout(Layer):
     def __init__(self, p: float = 0.5, *, rng: RNG = None, key: int | None = None) -> None:
         self.p = check_number(p, "p", below=1.0)
         self.key = int(as_generator(rng).integers(2**63)) if key is None else check_whole(key, "key", most=2**63 - 1)
+        self.key_given = key is not None  # else a run that is resumed takes the key from the save, like the weights
 
     def __repr__(self) -> str:
         return f"Dropout({self.p:g})"

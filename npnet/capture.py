@@ -16,14 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from npnet import into
 from npnet.backend import Array, array_module
 from npnet.checkpoint import backpropagate, clear_gradients
 from npnet.checks import check_kind
-from npnet.failures import explained
-from npnet.layer import Layer, Parameter, needs_saved
+from npnet.failures import examined, explained, rehearse
+from npnet.layer import Layer, needs_saved
 from npnet.losses import Loss, check_finite
+from npnet.model_tree import completed_after
 from npnet.optimizers import Optimizer
-from npnet.random import next_step, one_step, set_next_step
+from npnet.parameter import Buffer, Parameter
+from npnet.random import next_step, one_step, set_next_step, set_updates
 from npnet.replay import Program, listing
 from npnet.schedules import ScheduleLike, as_schedule
 from npnet.step import as_chain
@@ -60,6 +63,7 @@ class CapturedStep:
         # By shapes, dtypes and mode: the program, and what the optimizer remembers of each parameter it updates.
         self._programs: dict[Any, tuple[Program, list[dict[str, Any]]]] = {}
         self._arena: Array | None = None  # where they all run
+        self._buffers: list[tuple[Buffer, Array]] = []  # ... and these
         self._bound: list[tuple[Parameter, Array, dict[str, Any] | None]] = []  # what programs overwrite
         # Factors are shared by the parameters that were updated as often: what is remembered of one says how often.
         self._factors: list[tuple[dict[str, Any], tuple[Factor, ...]]] = []
@@ -122,7 +126,9 @@ class CapturedStep:
         for parameter, value, state in self._bound:
             if parameter.value is not value or parameter.lent or states.get(parameter) is not state:
                 self._forget()
-                break
+                return
+        if any(buffer.value is not value for buffer, value in self._buffers):
+            self._forget()
 
     def _program(self, x: Array, y: Array) -> tuple[Program, list[dict[str, Any]]]:
         """The program for a batch like this one, and what the optimizer remembers of the parameters it updates."""
@@ -144,12 +150,16 @@ class CapturedStep:
         if type(self.optimizer)._factors is Optimizer._factors:
             kind = type(self.optimizer).__name__
             raise CannotCapture(f"{kind} has no method _factors, which says what changes from step to step")
+        if examined(self.network, self.network.layers).schedules is not None:  # watched on arrays: stand-ins hide much
+            rehearse(self.network.layers, self.schedule, x)
         recording, parameters, number = Recording(), self.network.named_parameters(), next_step()
+        buffers, new_values = self.network.named_buffers(), dict[Any, Array]()
         clear_gradients(self.network.layers)
         for parameter in parameters.values():
             self.optimizer._allocate(parameter)
         if not self._blocks:
-            self._blocks = {layer: self._laid_out(layer) for layer in self.network.layers}
+            alone = completed_after(self.network.layers) is None
+            self._blocks = {layer: self._laid_out(layer) if alone else {} for layer in self.network.layers}
         remembered = self.optimizer._state
         updated: list[dict[str, Any]] = []
         inputs: Any = recording.input(x, "x")
@@ -173,10 +183,14 @@ class CapturedStep:
                     raise CannotCapture(REPLACED)
 
         try:
-            with self._stand_ins(recording, parameters), one_step(-1):
+            with self._stand_ins(recording, parameters, buffers), one_step(-1):
+                set_updates(new_values)
                 backpropagate(self.network.layers, self.schedule, inputs, output_gradient, after_backward=update)
         finally:
             set_next_step(number)  # recording counts as no step
+        for buffer, value in new_values.items():  # at the end of the step
+            recording.call(into.copy, value, buffer.value)
+        self._buffers = [(each, each.value) for each in buffers.values()]
         self._bound = [(each, each.value, remembered.get(each)) for each in parameters.values()]
         return recording, updated
 
@@ -232,10 +246,13 @@ class CapturedStep:
         return factors
 
     @contextmanager
-    def _stand_ins(self, recording: Recording, parameters: dict[str, Parameter]) -> Iterator[None]:
-        """Inside it, the parameters and what the optimizer remembers are stand-ins."""
-        values, states = [each.value for each in parameters.values()], self.optimizer._state
-        stand_ins: list[Any] = [recording.constant(each.value, name) for name, each in parameters.items()]
+    def _stand_ins(
+        self, recording: Recording, parameters: dict[str, Parameter], buffers: dict[str, Buffer]
+    ) -> Iterator[None]:
+        """Inside it, the parameters, the buffers and what the optimizer remembers are stand-ins."""
+        arrays: dict[str, Any] = parameters | buffers
+        values, states = [each.value for each in arrays.values()], self.optimizer._state
+        stand_ins: list[Any] = [recording.constant(each.value, name) for name, each in arrays.items()]
         names = {each: name for name, each in parameters.items()}
         self.optimizer._state = {
             each: {
@@ -246,14 +263,14 @@ class CapturedStep:
             if each in names
         }
         try:
-            for each, stand_in in zip(parameters.values(), stand_ins, strict=True):
+            for each, stand_in in zip(arrays.values(), stand_ins, strict=True):
                 each.value = stand_in
             yield
-            if any(each.value is not stand_in for each, stand_in in zip(parameters.values(), stand_ins, strict=True)):
+            if any(each.value is not stand_in for each, stand_in in zip(arrays.values(), stand_ins, strict=True)):
                 raise CannotCapture(REPLACED)
         finally:
             self.optimizer._state = states
-            for each, value in zip(parameters.values(), values, strict=True):
+            for each, value in zip(arrays.values(), values, strict=True):
                 each.value = value
 
 

@@ -6,21 +6,24 @@ Because a recomputation calls the same function with the same input, it gives th
 depend on the schedule. (That is a promise of the layers: see `Layer.forward`.)
 """
 
-import hashlib
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from npnet.backend import Array, to_host
+from npnet.backend import Array
 from npnet.checks import check_callable, check_flag, check_kind, check_whole, shown
-from npnet.layer import InPlaceLayer, Layer, LayerCost, LayerError, Saved, ShapeError
+from npnet.determinism import OTHER_NUMBERS, Checking, DeterminismCheck, NondeterministicLayer, digest
+from npnet.layer import InPlaceLayer, Layer, LayerCost, LayerError, Saved, ShapeError, both
+from npnet.layer_rules import read_only, refuse_changed_input
 from npnet.layers import Sequential
+from npnet.model_tree import completed_after
 from npnet.offload import Store, borrowed_store
 from npnet.pricing import check_saves
-from npnet.random import new_step, one_step
+from npnet.random import new_step, one_step, set_updates
 from npnet.schedule import DROP, FETCH, FORWARD, OFFLOAD, Schedule
+
+_checking = Checking()
 
 Restore = Callable[[Array, int, int], Sequence[Array]]
 """restore(a, first, last): the outputs of layers first, ..., last, recomputed from the input ``a`` of the first."""
@@ -43,10 +46,11 @@ def backpropagate(
     Args:
         layers: the chain, f_1 ... f_L.
         schedule: what to hold and what to recompute.
-        x: the input a_0, shape (batch, features); it stays the caller's.
+        x: the input a_0, shape (batch, features); it stays the caller's: layers get a view that they cannot write to.
         output_gradient: from the chain's output a_L to a new array, the gradient dL/da_L.
         after_backward: called with each layer once its gradients are complete. An optimizer step there frees
-            them at once, so the gradients of all layers are never alive together.
+            them at once, so the gradients of all layers are never alive together. A layer that shares a parameter
+            with a layer below is complete when the backward pass of the lowest such layer is done.
         restore: does the recomputing, for chains whose layers save nothing but input and output.
         needs_dx: go on to the gradient at ``x``, too.
         determinism_check: compare what is recomputed with what was computed first, number by number (by a hash: slow,
@@ -61,7 +65,7 @@ def backpropagate(
         ValueError: the schedule is for a chain of another depth, or does not name the layers that need what they
             save (see `needs_saved`); or there are such layers, and a ``restore``.
 
-    Whatever is raised on the way leaves no gradients behind.
+    If an error is raised, no gradients are left behind, and no buffer is changed.
     """
     check_kind(schedule, Schedule, "schedule", "npnet.schedules.every_nth(depth, n)")
     check_callable(output_gradient, "output_gradient")
@@ -83,7 +87,7 @@ def backpropagate(
     before = _checking.always
     try:
         with one_step():  # whatever is run again in it draws the same random numbers again
-            check = _DeterminismCheck(layers) if determinism_check else None
+            check = DeterminismCheck(layers) if determinism_check else None
             _checking.always = determinism_check or before  # of the parts inside, too
             with borrowed_store(schedule.offload_to) as store:
                 return _run(layers, schedule, x, output_gradient, after_backward, restore, needs_dx, check, store)
@@ -109,11 +113,12 @@ def _run(
     after_backward: Callable[[Layer], None] | None,
     restore: Restore | None,
     needs_dx: bool,
-    check: "_DeterminismCheck | None",
+    check: DeterminismCheck | None,
     store: Store,
 ) -> Array | None:
     """Do what the schedule says, action by action."""
-    held: dict[int, Array] = {0: x}  # l -> a_l
+    held: dict[int, Array] = {0: read_only(x)}  # l -> a_l
+    completed = None if after_backward is None else completed_after(layers)
     saved: dict[int, Saved] = {}  # l -> what layer l saved, where that is more than (a_{l-1}, a_l)
     gradient: Array | None = None  # dL/da_l, for the layer l whose backward pass is next
     for kind, first, last, recompute, saves, passes in schedule.runs:
@@ -125,11 +130,19 @@ def _run(
                         check(number, held[number])
                 continue
             output = held[first - 1]
+            updates = set_updates(None) if recompute else None  # a buffer changes once a step
             for number in range(first, last + 1):
                 try:
-                    output, kept = layers[number - 1].forward(output)
+                    result = layers[number - 1].forward(output)
+                    if type(result) is not tuple or len(result) != 2:
+                        both(layers[number - 1], result)
+                    output, kept = result
                 except LayerError as error:
                     raise error.within(str(number - 1)) from None
+                except ValueError as error:
+                    refuse_changed_input(error, f"layer {number - 1}, {layers[number - 1]}")
+                    raise
+                del result
                 if not passes:
                     held[number] = output
                 if saves:
@@ -138,6 +151,8 @@ def _run(
                     check(number, output)
                 del kept  # a name would hold the activations beyond their time
             held[last] = output
+            if recompute:
+                set_updates(updates)
             del output
         elif kind is DROP:
             del held[first]
@@ -154,43 +169,9 @@ def _run(
             gradient = layer.backward_(gradient, kept, first > 1 or needs_dx)
             del output, kept
             if after_backward is not None:
-                after_backward(layer)
+                for each in (layer,) if completed is None else completed[first - 1]:
+                    after_backward(each)
     return gradient
-
-
-class _Checking(threading.local):
-    always = False
-
-
-_checking = _Checking()
-
-
-OTHER_NUMBERS = (
-    "run again with the same input, it gave other numbers; what draws random numbers must draw the same ones within a "
-    "step: see npnet.random.draws"
-)
-
-
-class NondeterministicLayer(RuntimeError):
-    """A layer that was run again in the same step gave other numbers: the gradient would be another function's."""
-
-
-class _DeterminismCheck:
-    """Remembers a hash of each activation, and compares when it is computed again."""
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = layers
-        self.seen: dict[int, bytes] = {}
-
-    def __call__(self, number: int, activation: Array) -> None:
-        found = digest(activation)
-        if self.seen.setdefault(number, found) != found:
-            raise NondeterministicLayer(f"layer {number - 1}, {self.layers[number - 1]}: {OTHER_NUMBERS}")
-
-
-def digest(array: Array) -> bytes:
-    """A hash of the array's numbers."""
-    return hashlib.blake2b(np.ascontiguousarray(to_host(array)).tobytes()).digest()
 
 
 class _Input(NamedTuple):

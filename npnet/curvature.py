@@ -69,7 +69,7 @@ def hessian_vector_product(
             )
         if vector[name].shape != parameter.value.shape:
             raise ValueError(f"vector: {name}: expected shape {parameter.value.shape}, got {vector[name].shape}")
-    with _tangents(model, vector):
+    with _tangents(model, vector), one_step(counts=False):
         duals: Any = value_and_grad(model, loss, _dual(x), _dual(y), schedule=schedule)
     value, gradients = duals
     product = {

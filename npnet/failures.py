@@ -1,25 +1,28 @@
 """When a training step fails: found out before anything is updated, and explained."""
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from npnet.backend import Array, array_module
+from npnet.chain_costs import HasLayers
 from npnet.checkpoint import backpropagate, clear_gradients
 from npnet.checks import is_finite
 from npnet.layer import Layer
+from npnet.layer_rules import has_foreign_layers, watched
 from npnet.losses import TrainingDiverged
 from npnet.memory import format_bytes
 from npnet.optimal import smallest_budget
 from npnet.planner import plan
 from npnet.plans import MOST_LAYERS
-from npnet.pricing import HasLayers
 from npnet.random import next_step, one_step
 from npnet.ranks import RankDiverged
 from npnet.schedule import Schedule
+from npnet.stand_in import StandIn
 
 
 class OutOfMemory(MemoryError):
@@ -37,10 +40,14 @@ def rehearse(
 
     Where layers are updated on the way back, a step that is broken off leaves some of them updated and others not.
     Their old values cannot be kept for that case: that would take as much as updating them early saves.
+    Meanwhile layers that are not npnet's are watched: see `npnet.layer_rules`.
 
     Args:
         prepare: called with each layer when its gradients are there: allocates what its update takes.
         accumulating: gradients of other micro-batches are there, too.
+
+    Raises:
+        LayerRuleError: a layer does what makes gradients wrong.
     """
 
     def output_gradient(output: Array) -> Array:  # the loss comes before all updates, and need not be rehearsed
@@ -51,10 +58,60 @@ def rehearse(
         prepare(layer)
         clear_gradients([layer])
 
-    with one_step(next_step()):  # the number, and so the random numbers, of the step to come
+    with one_step(next_step()), watched(layers):  # the number, and so the random numbers, of the step to come
         if accumulating:
             backpropagate(layers, schedule, x, output_gradient)
         backpropagate(layers, schedule, x, output_gradient, after_backward=after_backward)
+
+
+class Examined:
+    """What is looked up once about a model: its buffers, and the schedules under which it was watched."""
+
+    __slots__ = ("buffers", "layers", "schedules")
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = list(layers)
+        self.buffers = list(dict.fromkeys(buffer for layer in layers for buffer in layer.buffers()))
+        self.schedules: set[Schedule] | None = set() if has_foreign_layers(layers) else None  # None: all
+
+
+def watched_first(model: Layer, layers: Sequence[Layer], schedule: Schedule, x: Array) -> AbstractContextManager[None]:
+    """For a model's first step under a schedule: watch its layers, if some are not npnet's (see `npnet.layer_rules`).
+
+    Args:
+        model: that the layers are the chain of; it remembers the schedules under which it was watched.
+        x: the step's input.
+    """
+    seen = examined(model, layers)
+    if seen.schedules is None or schedule in seen.schedules or isinstance(x, StandIn):
+        return _UNWATCHED
+    return _watched_once(seen, layers, schedule)
+
+
+_UNWATCHED = nullcontext()
+
+
+@contextmanager
+def _watched_once(seen: Examined, layers: Sequence[Layer], schedule: Schedule) -> Iterator[None]:
+    with watched(layers):
+        yield
+    if seen.schedules is not None:
+        seen.schedules.add(schedule)
+
+
+def note_examined(model: Layer, layers: Sequence[Layer], schedule: Schedule) -> None:
+    """The model was rehearsed under this schedule: `watched_first` need not watch it again."""
+    seen = examined(model, layers)
+    if seen.schedules is not None:
+        seen.schedules.add(schedule)
+
+
+def examined(model: Layer, layers: Sequence[Layer]) -> Examined:
+    """What is known of the model as it is now; it keeps that in an attribute, which is no part of it."""
+    seen: Examined | None = vars(model).get("_examined")
+    if seen is None or seen.layers != layers:
+        seen = vars(model)["_examined"] = Examined(layers)
+    return seen
 
 
 class explained:  # noqa: N801 - used as a function; a class, since every step enters it
@@ -99,7 +156,7 @@ def _advice(error: MemoryError, network: HasLayers, schedule: Schedule, x: Array
 
 def first_not_finite(layers: Sequence[Layer], x: Array, step: int | None = None) -> str:
     """Where the numbers of a step cease to be finite, for a message."""
-    with np.errstate(over="ignore", invalid="ignore"), one_step(step):
+    with np.errstate(over="ignore", invalid="ignore"), one_step(step, counts=False):
         for number, layer in enumerate(layers):
             for name, parameter in layer.named_parameters().items():
                 if not is_finite(parameter.value):

@@ -17,9 +17,9 @@ from npnet import random
 from npnet.activations import ACTIVATIONS
 from npnet.backend import Array, Backend, array_module, on_load
 from npnet.kernels import MOST_NUMBERS, MOST_PARTS, Kernel
-from npnet.layer import Parameter
 from npnet.losses import BCEWithLogits, SoftmaxCrossEntropy, _SquaredError
 from npnet.optimizers import SGD, Adam, Optimizer
+from npnet.parameter import Parameter
 from npnet.symbols import CannotFuse, Symbol
 
 _kernels: dict[Any, Kernel | None] = {}

@@ -15,11 +15,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from npnet.backend import Array, along_rows, array_module
-from npnet.layer import Layer, Parameter
+import numpy as np
+
+from npnet.backend import Array, along_rows, array_module, backend_of, to_backend, to_host
+from npnet.chain_costs import buffer_bytes
+from npnet.layer import Layer
 from npnet.layers import Sequential
 from npnet.losses import TrainingDiverged
-from npnet.pricing import buffer_bytes
+from npnet.model_tree import completed_after
+from npnet.parameter import Buffer, Parameter
 from npnet.random import new_step
 from npnet.ranks import RankFailed, Ranks
 
@@ -117,11 +121,13 @@ class GradientSums:
         if not last:
             return
         self.ranks.announce(value)
-        for layer in reversed(network.layers):
-            for parameter in layer.parameters():
-                if parameter.gradient is None:
-                    parameter.gradient = array_module(parameter.value).zeros_like(parameter.value)
-            self.add(layer)
+        for parameter in network.parameters():
+            if parameter.gradient is None:
+                parameter.gradient = array_module(parameter.value).zeros_like(parameter.value)
+        completed = completed_after(network.layers) or [[layer] for layer in network.layers]
+        for layers in reversed(completed):
+            for layer in layers:
+                self.add(layer)
 
     def add(self, layer: Layer) -> None:
         """The layer's gradients are complete, and go on their way sooner or later."""
@@ -149,6 +155,26 @@ class GradientSums:
         assert self._loss is not None, "agreed on before the first sum was begun"
         self._where = str  # what was given holds the batch
         return self._loss
+
+    def average(self, buffers: Sequence[Buffer], share: float) -> None:
+        """After a step: give the buffers the same values on all ranks, which each changed by its own rows.
+
+        Args:
+            buffers: the model's. Floating-point ones become the mean over the ranks, others are rank 0's.
+            share: of the step's rows that were this rank's.
+        """
+        floats = [each for each in buffers if each.value.dtype.kind not in "iub"]
+        if floats:
+            xp = array_module(floats[0].value)
+            flat = xp.concatenate([each.value.ravel().astype(np.float64) for each in floats]) * share
+            self.ranks.wait(self.ranks.start_sum(flat))
+            ends = np.cumsum([each.value.size for each in floats])
+            for each, part in zip(floats, xp.split(flat, ends[:-1].tolist()), strict=True):
+                each.value = part.reshape(each.value.shape).astype(each.value.dtype)
+        for each in buffers:
+            if each.value.dtype.kind in "iub":
+                value = self.ranks.broadcast(None if self.ranks.rank else to_host(each.value))
+                each.value = to_backend(value, backend_of(each.value).name)
 
     def failed(self, error: BaseException) -> None:
         """This rank's step has failed: tell the others, if they still listen. (Else `Ranks.guard` ends them.)"""

@@ -9,13 +9,14 @@ sum of what somebody kept.
 Batches are rows, (batch, features); weights are (out, in), as in PyTorch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from npnet.backend import Array, along_rows, array_module, backend_of, to_backend, to_host
+from npnet.backend import Array, array_module, backend_of, to_backend, to_host
 from npnet.checks import check_flag
+from npnet.parameter import Buffer, Parameter
 from npnet.savable import Savable
 
 Pair: TypeAlias = tuple[Array, Array]
@@ -23,43 +24,6 @@ Pair: TypeAlias = tuple[Array, Array]
 
 Saved: TypeAlias = Any
 """What backward needs of a forward pass; only the layer that made it looks inside."""
-
-
-class Parameter:
-    """An array that is trained, and its gradient (None until a backward pass adds one).
-
-    ``lent`` says that somebody outside holds the array: the next update then goes to a fresh copy, so that
-    an array once handed out is never changed by training.
-    """
-
-    __slots__ = ("gradient", "lent", "value")
-
-    def __init__(self, value: Array) -> None:
-        self.value = value
-        self.gradient: Array | None = None
-        self.lent = False
-
-    def accumulate(self, gradient: Array) -> None:
-        """Add to the gradient. The first array is kept as it is: it must belong to nobody else."""
-        if self.gradient is None:
-            self.gradient = gradient
-        else:
-            mine, more = along_rows(self.gradient, gradient)
-            mine += more
-
-    def take_gradient(self) -> Array:
-        """The gradient, which from then on is no longer the parameter's."""
-        gradient, self.gradient = self.gradient, None
-        if gradient is None:
-            raise ValueError("Parameter.take_gradient: no backward pass has added a gradient")
-        return gradient
-
-    def writable(self) -> Array:
-        """The array that an update may overwrite (in the layout that products like best)."""
-        if self.lent:
-            self.value = self.value.copy(order="F")
-            self.lent = False
-        return self.value
 
 
 class LayerCost(NamedTuple):
@@ -110,6 +74,10 @@ class KindError(LayerError, TypeError):
     """A layer cannot take an array of this dtype, or of this backend."""
 
 
+class ResultError(LayerError, TypeError):
+    """A layer's method does not return what it must."""
+
+
 class Layer(Savable):
     """One link of a chain: a_l = f_l(a_{l-1}), with its derivative."""
 
@@ -120,13 +88,23 @@ class Layer(Savable):
         """The output for ``x``, and what ``backward`` will need. Does not change ``x``.
 
         Called again with the same ``x`` in the same training step it must give the same output, or checkpointing
-        computes the gradient of another function: a layer that draws random numbers has to draw the same again.
+        computes the gradient of another function: a layer that draws random numbers has to draw the same again. What it
+        changes from step to step, such as a running mean, is an `npnet.Buffer`. See `npnet.layer_rules`.
         """
-        raise NotImplementedError(f"{type(self).__name__}.forward")
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"{name} has no forward; write forward(self, x), which returns (y, saved): the output for x, and what "
+            "backward needs"
+        )
 
     def backward(self, dy: Array, saved: Saved) -> Array:
         """The gradient at the input, dx, from that at the output, ``dy``; adds into the parameters' gradients."""
-        raise NotImplementedError(f"{type(self).__name__}.backward")
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"{name} has no backward; write backward(self, dy, saved): from dy, the gradient at the output, and what "
+            "forward saved, it returns the gradient at the input, and it adds to each parameter's, "
+            "self.weight.accumulate(gradient), summed over the batch"
+        )
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         """As `backward`, but free to overwrite ``dy`` and, without ``needs_dx``, to skip dx.
@@ -148,19 +126,45 @@ class Layer(Savable):
         super().__setattr__(name, value)
 
     def children(self) -> "dict[str, Layer]":
-        """The layers inside this one, by name: its attributes that are layers."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
+        """The layers inside this one, by name: its attributes that are layers, or lists or dictionaries of layers."""
+        return {name: part for name, part in self._parts() if isinstance(part, Layer)}
+
+    def _parts(self) -> "Iterator[tuple[str, Layer | Parameter | Buffer]]":
+        """All layers, parameters and buffers among the attributes, and in lists, tuples and dictionaries there."""
+        for name, value in vars(self).items():
+            yield from _parts_of(value, name)
+
+    def places(self, prefix: str = "") -> Iterator[tuple[str, Parameter | Buffer]]:
+        """The paths of all parameters and buffers, in a fixed order; a shared one is there once for each place."""
+        for name, part in self._parts():
+            if not isinstance(part, Layer):
+                yield prefix + name, part
+        for name, child in self.children().items():
+            yield from child.places(f"{prefix}{name}.")
 
     def named_parameters(self, prefix: str = "") -> dict[str, Parameter]:
-        """All parameters by their path in the model, such as "2.inner.0.weight", in a fixed order."""
-        found = {prefix + name: value for name, value in vars(self).items() if isinstance(value, Parameter)}
-        for name, child in self.children().items():
-            found |= child.named_parameters(f"{prefix}{name}.")
-        return found
+        """All parameters by their path in the model, such as "2.inner.0.weight"; a shared one by its first path."""
+        return {path: each for each, path in _first_places(self, prefix).items() if isinstance(each, Parameter)}
+
+    def named_buffers(self, prefix: str = "") -> dict[str, Buffer]:
+        """All buffers by their path in the model; a shared one by its first path."""
+        return {path: each for each, path in _first_places(self, prefix).items() if isinstance(each, Buffer)}
+
+    def shared_places(self) -> dict[str, str]:
+        """The paths at which a parameter or buffer stands once more, and the path of its first place."""
+        first = _first_places(self)
+        return {path: first[each] for path, each in self.places() if path != first[each]}
 
     def parameters(self) -> list[Parameter]:
-        """All parameters, in the order of `named_parameters`."""
-        return list(self.named_parameters().values())
+        """All parameters, each once, in the order of `named_parameters`."""
+        found = {part: None for _, part in self._parts() if isinstance(part, Parameter)}
+        for child in self.children().values():
+            found |= dict.fromkeys(child.parameters())
+        return list(found)
+
+    def buffers(self) -> list[Buffer]:
+        """All buffers, each once, in the order of `named_buffers`."""
+        return list(self.named_buffers().values())
 
     def train(self, mode: bool = True) -> Self:
         """Train from now on (dropout drops, `npnet.checkpoint` checkpoints), with all layers inside."""
@@ -174,34 +178,42 @@ class Layer(Savable):
         return self.train(False)
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of all parameters on the host, by their path."""
-        return {name: to_host(each.value).copy() for name, each in self.named_parameters().items()}
+        """Copies of all parameters and buffers on the host, by their path; a shared one stands under each of its paths.
+
+        (As in PyTorch. A copy is made once for all paths.)
+        """
+        copies = {each: to_host(each.value).copy() for each in _first_places(self)}
+        return {path: copies[each] for path, each in self.places()}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Put copies of the arrays of ``state`` in the parameters' places: all, or none if one does not fit.
+        """Put copies of the arrays of ``state`` in place of the parameters' and buffers': all, or none if one does not
+        fit. What stands in several places may be named by one of its paths, or by all.
 
         Raises:
             TypeError: ``state`` is no mapping to arrays of numbers.
-            ValueError: names are missing or unknown, or an array has another shape.
+            ValueError: names are missing or unknown, an array has another shape, or two of a shared parameter differ.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"load_state_dict: expected what state_dict() returns, got {type(state).__name__}")
-        own = self.named_parameters()
-        for problem, names in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
+        own = dict(self.places())
+        given = {own[path] for path in state if path in own}
+        lacking = {path for each, path in _first_places(self).items() if each not in given}
+        for problem, names in (("lacks", lacking), ("has unknown", state.keys() - own.keys())):
             if names:
                 raise ValueError(f"load_state_dict: the state {problem} {', '.join(sorted(map(str, names)))}")
-        fresh = {}
-        for name, each in own.items():
-            array = to_host(state[name])
+        fresh: dict[Parameter | Buffer, Array] = {}
+        for name in (path for path in own if path in state):
+            each, array = own[name], to_host(state[name])
             backend_of(array)  # refuses masks
-            if array.dtype.kind not in "fiu":
+            if array.dtype.kind not in ("fiu" if each.value.dtype.kind not in "iub" else "iub"):
                 raise TypeError(f"load_state_dict: {name}: expected real numbers, got dtype {array.dtype}")
             if array.shape != each.value.shape:
                 raise ValueError(f"load_state_dict: {name}: expected shape {each.value.shape}, got {array.shape}")
             copied = np.array(array, each.value.dtype, order="F")
-            fresh[name] = to_backend(copied, backend_of(each.value).name)
-        for name, each in own.items():
-            each.value, each.lent = fresh[name], False
+            if each in fresh and not np.array_equal(to_host(fresh[each]), copied, equal_nan=copied.dtype.kind == "f"):
+                raise ValueError(f"load_state_dict: {name} is a shared parameter, and another path gives other numbers")
+            fresh[each] = to_backend(copied, backend_of(each.value).name)
+        put_values(fresh)
 
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
         """What the layer takes for an input of this shape, (batch, features), and dtype: read by `npnet.planner`.
@@ -243,6 +255,34 @@ class Layer(Savable):
             raise KindError(f"{self}: the gradient dy must be of floating-point numbers, got dtype {dy.dtype}")
 
 
+def _parts_of(value: Any, path: str) -> Iterator[tuple[str, Layer | Parameter | Buffer]]:
+    """``value``, if it is a layer, a parameter or a buffer; or those that lists, tuples and dictionaries hold."""
+    if isinstance(value, (Layer, Parameter, Buffer)):
+        yield path, value
+    elif isinstance(value, (list, tuple)):
+        for number, each in enumerate(value):
+            yield from _parts_of(each, f"{path}.{number}")
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _parts_of(each, f"{path}.{key}")
+
+
+def _first_places(layer: Layer, prefix: str = "") -> dict[Parameter | Buffer, str]:
+    """All parameters and buffers, each once, and the first path of each."""
+    first: dict[Parameter | Buffer, str] = {}
+    for path, each in layer.places(prefix):
+        first.setdefault(each, path)
+    return first
+
+
+def put_values(values: Mapping[Parameter | Buffer, Array]) -> None:
+    """Give parameters and buffers these arrays, which belong to them from now on."""
+    for each, value in values.items():
+        each.value = value
+        if isinstance(each, Parameter):
+            each.lent = False
+
+
 def both(layer: Layer, result: Any) -> tuple[Array, Saved]:
     """``result``, which the layer's ``forward`` returned, if it is a pair (y, saved).
 
@@ -250,7 +290,10 @@ def both(layer: Layer, result: Any) -> tuple[Array, Saved]:
         TypeError: it is not.
     """
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"{layer}: forward must return a pair (y, saved), it returned a {type(result).__name__}")
+        raise ResultError(
+            f"{layer}: forward must return a pair (y, saved), the output and what backward needs; it returned a "
+            f"{type(result).__name__}"
+        )
     return result
 
 

@@ -10,18 +10,10 @@ from npnet.activations import INITIALIZERS, Activation, as_activation
 from npnet.backend import Array, array_module, backend_of, get_backend, ones, to_backend
 from npnet.checks import check_array, check_float, check_room, check_sizes, check_whole, shown
 from npnet.initializers import Initializer, as_initializer, xavier_normal
-from npnet.layer import (
-    InPlaceLayer,
-    KindError,
-    Layer,
-    LayerCost,
-    LayerError,
-    Parameter,
-    Saved,
-    ShapeError,
-    both,
-    costs_of,
-)
+from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, LayerError, Saved, ShapeError, both, costs_of
+from npnet.layer_rules import read_only, refuse_changed_input
+from npnet.model_tree import mode
+from npnet.parameter import Parameter
 from npnet.random import RNG, as_generator
 
 
@@ -152,7 +144,7 @@ class Linear(Dense):
 
 
 class Sequential(Layer):
-    """Layers in a row; the chain that a schedule runs over.
+    """Layers in a row; the chain that a schedule runs over. A layer, or a parameter, may stand in several places.
 
     >>> model = Sequential(Dense(4, 3, rng=0), Dense(3, 2, "identity", rng=1))
     >>> model.predict(np.ones((5, 4), np.float32)).shape
@@ -166,13 +158,6 @@ class Sequential(Layer):
             if not isinstance(layer, Layer):
                 raise TypeError(f"Sequential: expected layers, got {shown(layer)}")
         self.layers = list(layers)
-        names: dict[int, str] = {}
-        for name, parameter in self.named_parameters().items():
-            if names.setdefault(id(parameter), name) != name:
-                raise ValueError(
-                    f"Sequential: the parameter {names[id(parameter)]} stands here once more as {name}; a layer may be "
-                    "in a model once, since it is updated as soon as its backward pass is done"
-                )
 
     def __repr__(self) -> str:
         return f"Sequential({', '.join(map(repr, self.layers))})"
@@ -215,9 +200,12 @@ class Sequential(Layer):
                 held = cost.keeps_output or above.keeps_input
                 saved += cost.saved_bytes + (cost.output_bytes if held else 0)
                 passing = 0 if held else cost.output_bytes
+        alive = set[Parameter]()
         for number in reversed(range(len(costs))):
+            own = self.layers[number].parameters()
             backward_bytes = max(backward_bytes, gradients + dx + costs[number].backward_bytes)
-            gradients += costs[number].gradient_bytes
+            gradients += costs[number].gradient_bytes - sum(each.value.nbytes for each in own if each in alive)
+            alive.update(own)
             if number and not costs[number].in_place:
                 dx = costs[number - 1].dy_bytes  # the gradient between the two
         return LayerCost(
@@ -235,15 +223,24 @@ class Sequential(Layer):
             output_gradient_bytes=costs[-1].output_gradient_bytes,
         )
 
-    @np.errstate(over="ignore", invalid="ignore")
-    def predict(self, x: Array) -> Array:
-        """The output alone: nothing is saved, two activations are alive at a time."""
+    def __call__(self, x: Array) -> Array:
+        """The output alone, in the mode the model is in: nothing is saved, two activations are alive at a time."""
+        x = read_only(x)
         for number, layer in enumerate(self.layers):
             try:
                 x = layer(x)
             except LayerError as error:
                 raise error.within(str(number)) from None
+            except ValueError as error:
+                refuse_changed_input(error, f"layer {number}, {layer}")
+                raise
         return x
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def predict(self, x: Array) -> Array:
+        """The output alone, as `__call__`, but always in evaluation: dropout drops nothing."""
+        with mode(self, training=False):
+            return self(x)
 
 
 def mlp(

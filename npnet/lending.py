@@ -14,8 +14,8 @@ import numpy as np
 
 from npnet.backend import Array, array_module
 from npnet.checks import check_list, check_whole
-from npnet.layer import Parameter
 from npnet.losses import check_finite
+from npnet.parameter import Parameter
 
 
 class LentList(list[Array]):

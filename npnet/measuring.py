@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from npnet.backend import Array, array_module, backend_of
 from npnet.checks import check_flag, check_kind, check_number, check_whole
-from npnet.layer import Layer, Parameter, Saved, needs_saved
+from npnet.layer import Layer, Saved, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss
 from npnet.memory import measuring, peak_of, tracing
 from npnet.optimizers import Optimizer
+from npnet.parameter import Parameter
 from npnet.schedule import BACKWARD, FORWARD, Schedule
 from npnet.schedules import as_schedule
 from npnet.step import train_step

@@ -30,10 +30,11 @@ from npnet.checks import (
 )
 from npnet.failures import explained, rehearse
 from npnet.interrupts import Interrupts
-from npnet.layer import Layer, Pair, Parameter
+from npnet.layer import Layer, Pair
 from npnet.layers import Dense
 from npnet.lending import Lender, as_matrix
 from npnet.losses import TrainingDiverged, accuracy, check_finite
+from npnet.parameter import Parameter
 from npnet.pools import HardBudget
 from npnet.random import RNG, as_generator
 from npnet.savable import Savable

@@ -41,7 +41,7 @@ class _Needs:
         self.chain, self.depth = chain, chain.depth
         self.activation, self.saved = np.array(chain.activation), np.array(chain.saved)
         saving = np.maximum(self.saved, chain.forward_bytes)
-        kept = np.cumsum(np.array(chain.parameter_gradients)[::-1])[::-1] * (not chain.streaming)
+        kept = np.array(chain.kept)
         gradient = np.array(chain.gradient)
         self.output_held = [t < self.depth and t not in chain.needs_saved for t in range(self.depth + 1)]
         self.around = np.append(kept[1:], 0) + gradient  # alive during (s, t) before backward t: all gradients

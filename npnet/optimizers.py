@@ -15,8 +15,8 @@ import numpy as np
 
 from npnet.backend import Array, along_rows, array_module, backend_of, dot, to_backend, to_host
 from npnet.checks import check_kind, check_mapping, check_number, shown
-from npnet.layer import Parameter
 from npnet.losses import check_finite
+from npnet.parameter import Parameter
 
 
 def check_parameters(parameters: Iterable[Parameter]) -> list[Parameter]:

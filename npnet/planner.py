@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npnet import schedules
+from npnet.chain_costs import HasLayers, chain_of
 from npnet.checks import check_whole, shown
 from npnet.losses import Loss
 from npnet.memory import format_bytes, parse_bytes
@@ -13,7 +14,7 @@ from npnet.offload import check_elsewhere
 from npnet.optimal import Optimum, exact_unit, remainders, smallest_budget
 from npnet.optimizers import Optimizer
 from npnet.plans import MOST_LAYERS, InfeasibleBudget, Plan, describe_moment, remedies
-from npnet.pricing import Chain, HasLayers, chain_of, check_saves
+from npnet.pricing import Chain, check_saves
 from npnet.schedule import Place, Schedule, check_place
 from npnet.schedules import ScheduleLike
 

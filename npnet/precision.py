@@ -27,9 +27,10 @@ from npnet.checks import (
     check_whole,
     shown,
 )
-from npnet.layer import InPlaceLayer, Layer, LayerCost, Parameter, Saved
+from npnet.layer import InPlaceLayer, Layer, LayerCost, Saved
 from npnet.layers import Dense, Sequential
 from npnet.optimizers import Optimizer, check_parameters
+from npnet.parameter import Buffer, Parameter
 
 
 def storage_dtype(name: str) -> np.dtype[Any]:
@@ -74,8 +75,8 @@ class Stored(InPlaceLayer):
     def __repr__(self) -> str:
         return f"{self.inner} [{self.dtype}]" if self.down else repr(self.inner)
 
-    def named_parameters(self, prefix: str = "") -> dict[str, Parameter]:
-        return self.inner.named_parameters(prefix)
+    def places(self, prefix: str = "") -> Iterator[tuple[str, Parameter | Buffer]]:
+        return self.inner.places(prefix)  # by the names that the model has without mixed precision
 
     def _up(self, saved: Any) -> Any:
         """Stored arrays in single precision, within tuples and lists."""

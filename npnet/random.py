@@ -36,6 +36,7 @@ class _State(threading.local):
     generator: np.random.Generator | None = None  # set_seed's
     next_step = 0
     step: int | None = None  # while a step runs
+    updates: "dict[Any, Array] | None" = None  # new values of buffers, for its end; None: it counts for nothing
     first_row = 0  # of this process's share of the batch
 
 
@@ -90,16 +91,47 @@ def set_seed(seed: int) -> dict[str, int]:
 
 
 @contextmanager
-def one_step(step: int | None = None) -> Iterator[int]:
-    """Inside it, every draw belongs to one step: by default the step under way, or else a new one."""
-    before = _state.step
-    if step is None:
-        step = new_step() if before is None else before
-    _state.step = step
+def one_step(step: int | None = None, *, counts: bool = True) -> Iterator[int]:
+    """Inside it, every draw belongs to one step: by default the step under way, or else a new one.
+
+    At the end of a new step the buffers take their new values (`npnet.Buffer.update`). A step that is given by its
+    number is run again, or rehearsed: it changes no buffer.
+
+    Args:
+        step: the number of the step.
+        counts: False changes no buffer in any case, for passes that only measure or differentiate.
+    """
+    before = _state.step, _state.updates
+    begins = step is None and before[0] is None
+    if begins:
+        _state.step, _state.updates = new_step(), {} if counts else None
+    else:
+        _state.step = before[0] if step is None else step
+        _state.updates = before[1] if step is None and counts else None
     try:
-        yield step
+        assert _state.step is not None
+        yield _state.step
+        if begins:
+            for buffer, value in (_state.updates or {}).items():
+                buffer.value = value
     finally:
-        _state.step = before
+        _state.step, _state.updates = before
+
+
+def in_step() -> bool:
+    """Whether a step is under way."""
+    return _state.step is not None
+
+
+def updates_of_step() -> "dict[Any, Array] | None":
+    """The buffers' new values, which they take at the end of the step; None in a pass that changes none."""
+    return _state.updates
+
+
+def set_updates(updates: "dict[Any, Array] | None") -> "dict[Any, Array] | None":
+    """Collect the buffers' new values in ``updates`` from now on, or nowhere; returns what was there before."""
+    before, _state.updates = _state.updates, updates
+    return before
 
 
 def new_step() -> int:

@@ -1,8 +1,7 @@
 """What a training is told: the arguments of `npnet.fit`, checked, and what of them saves and ranks must have alike."""
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 
 import npnet
 from npnet.backend import Array, backend_of, get_backend
-from npnet.checkpoint import digest
 from npnet.checks import (
     check_callable,
     check_flag,
@@ -23,11 +21,13 @@ from npnet.checks import (
     check_pairs,
     check_whole,
 )
+from npnet.determinism import digest
 from npnet.feeding import Feed
 from npnet.layer import Layer, Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss
 from npnet.memory import parse_bytes
+from npnet.model_tree import mode
 from npnet.optimizers import Optimizer
 from npnet.planner import plan
 from npnet.pools import HardBudget
@@ -210,7 +210,10 @@ class Recipe:
             "training data": self._hashes(self.training_data) if self.saver or self.ranks.size > 1 else None,
         }
         before = len(self.history.epochs)
-        return TrainingRun(self.model, self.optimizer, self.scaler, self.rng, self.history, conditions, before)
+        samples = len(self.training_data[0])
+        return TrainingRun(
+            self.model, self.optimizer, self.scaler, self.rng, self.history, conditions, before, samples, self.window
+        )
 
     def check_alike(self, run: TrainingRun) -> None:
         """On all ranks: refuse what is unlike on some.
@@ -240,14 +243,3 @@ def _said(layer: Layer) -> Any:
         shapes = {name: list(each.value.shape) for name, each in layer.named_parameters().items()}
         inside = {name: _said(child) for name, child in layer.children().items()}
         return {"kind": type(layer).__name__, **plain, "parameters": shapes, "inside": inside}
-
-
-@contextmanager
-def mode(model: Sequential, training: bool) -> Iterator[None]:
-    """The model in training, or in evaluation, and then again as it was."""
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,8 +12,8 @@ import numpy as np
 from npnet.backend import Array, to_host
 from npnet.blocks import Dropout
 from npnet.checks import check_number, check_whole
-from npnet.layer import Layer
 from npnet.layers import Sequential
+from npnet.model_tree import all_layers
 from npnet.optimizers import Optimizer
 from npnet.precision import GradScaler
 from npnet.random import next_step, set_next_step
@@ -24,7 +24,7 @@ from npnet.storage import put
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the data: its steps' mean loss and time, and the accuracy on the test data after it."""
+    """One pass over the data: its mean loss over the samples, its time, and the accuracy on the test data after it."""
 
     epoch: int
     steps: int
@@ -66,6 +66,8 @@ class TrainingRun:
     conditions: dict[str, Any]
     """What else decides the numbers, as JSON: to go on, all of it must be as it was."""
     epochs_before: int  # in the history when the run began
+    samples: int = 1  # of an epoch
+    window: int = 1  # samples to a step; the last one of an epoch takes what is left
     losses: list[float] = field(default_factory=list)  # of this epoch's steps
     seconds: float = 0.0  # in these
     stream: Any = None  # the generator's state when this epoch began
@@ -83,7 +85,8 @@ class TrainingRun:
     def end_epoch(self, accuracy: float | None) -> None:
         """Put this epoch into the history."""
         if self.losses:
-            loss = statistics.fmean(self.losses)
+            starts = range(0, len(self.losses) * self.window, self.window)
+            loss = statistics.fmean(self.losses, [min(self.window, self.samples - start) for start in starts])
             self.history.epochs.append(Epoch(self.number, len(self.losses), loss, accuracy, self.seconds))
         self.losses, self.seconds = [], 0.0
 
@@ -98,7 +101,7 @@ class TrainingRun:
             "next_step": next_step(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
-        arrays = {name: parameter.value for name, parameter in parameters.items()}
+        arrays = {name: each.value for name, each in self.model.named_arrays().items()}
         arrays |= {f"optimizer/{name}": array for name, array in self.optimizer.state_dict(parameters).items()}
         return said, arrays | {"run/losses": np.array(self.losses)}
 
@@ -113,7 +116,8 @@ class TrainingRun:
         losses, seconds = arrays["run/losses"], check_number(said["seconds"], "seconds", below=1e18)
         if before > len(history) or losses.ndim != 1 or losses.dtype != np.float64:
             raise ValueError("the history contradicts itself")
-        if any(arrays[name].dtype != each.value.dtype for name, each in parameters.items()):
+        own = self.model.named_arrays()
+        if any(arrays[name].dtype != each.value.dtype for name, each in own.items()):
             raise ValueError("the arrays are of another dtype")
         remembered = {name.removeprefix("optimizer/"): each for name, each in arrays.items() if name.startswith("opt")}
         with ExitStack() as undo:  # all of it, or nothing
@@ -126,16 +130,17 @@ class TrainingRun:
                 self.scaler.load_state_dict(said["scaler"])
             undo.callback(self.optimizer.load_state_dict, self.optimizer.state_dict(parameters), parameters)
             self.optimizer.load_state_dict(remembered, parameters)
-            put(parameters, {name: each for name, each in arrays.items() if "/" not in name})
+            put(own, {name: each for name, each in arrays.items() if "/" not in name})
             undo.pop_all()
         self.history.epochs[:], self.epochs_before = history, before
         self.losses, self.seconds, self.stream = losses.tolist(), seconds, said["stream"]
 
     def share(self, ranks: Ranks) -> None:
         """On all ranks: what rank 0 has, as if each went on with a save of it; array by array, to save memory."""
+        share_keys(self.model, ranks)
         said, arrays = self.state()
         said, names, losses = ranks.broadcast((said, [name for name in arrays if name != "run/losses"], self.losses))
-        parameters = self.model.named_parameters()
+        parameters, own = self.model.named_parameters(), self.model.named_arrays()
         if ranks.rank:
             arrays = {}
             self.optimizer._forget(parameters.values())
@@ -146,7 +151,7 @@ class TrainingRun:
             if name.startswith("optimizer/"):
                 self.optimizer._adopt(name.removeprefix("optimizer/"), array, parameters)
             else:
-                put({name: parameters[name]}, {name: array})
+                put({name: own[name]}, {name: array})
         if ranks.rank:
             self.generator.bit_generator.state = said["stream"]
             set_next_step(said["next_step"])
@@ -159,18 +164,11 @@ class TrainingRun:
 
 def share_keys(model: Sequential, ranks: Ranks) -> None:
     """On all ranks: the keys that rank 0's dropout layers draw their masks with."""
-    own = list(_dropouts(model))
+    own = [layer for _, layer in all_layers(model) if isinstance(layer, Dropout)]
     keys = ranks.broadcast([layer.key for layer in own])
     if len(keys) == len(own):
         for layer, key in zip(own, keys, strict=True):
             layer.key = key
-
-
-def _dropouts(layer: Layer) -> Iterator[Dropout]:
-    if isinstance(layer, Dropout):
-        yield layer
-    for child in layer.children().values():
-        yield from _dropouts(child)
 
 
 def _epoch(row: Mapping[str, Any]) -> Epoch:

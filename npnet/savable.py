@@ -25,6 +25,18 @@ class Savable:
         """All parameters (`npnet.layer.Parameter`) by name."""
         raise NotImplementedError(f"{type(self).__name__}.named_parameters")
 
+    def named_buffers(self) -> Mapping[str, Any]:
+        """All buffers (`npnet.Buffer`) by name."""
+        return {}
+
+    def named_arrays(self) -> dict[str, Any]:
+        """All parameters and buffers by name: the arrays that a save holds."""
+        return {**self.named_parameters(), **self.named_buffers()}
+
+    def shared_places(self) -> dict[str, str]:
+        """The paths at which a parameter or buffer stands once more, and the path of its first place."""
+        return {}
+
     def config(self) -> dict[str, Any]:
         """The arguments that make a model like this one, without its numbers.
 
@@ -72,13 +84,19 @@ class Savable:
             ValueError: the name ends otherwise, or a parameter is infinite or NaN.
             ImportError: .safetensors needs the package safetensors.
         """
-        arrays = {name: parameter.value for name, parameter in self.named_parameters().items()}
-        write_archive(path, {"model": self.description()}, arrays)
+        arrays = {name: each.value for name, each in self.named_arrays().items()}
+        write_archive(path, {"model": self.description(), **shared_entry(self)}, arrays)
 
 
 def kind_of(kind: type[Savable]) -> str:
     """What a file calls the class; a notebook's ``Network`` is not mistaken for npnet's."""
     return kind.__name__ if kind.__module__.startswith("npnet.") else f"own.{kind.__name__}"
+
+
+def shared_entry(model: Savable) -> dict[str, Any]:
+    """What a file says of shared parameters: nothing, if there are none."""
+    shared = model.shared_places()
+    return {"shared": shared} if shared else {}
 
 
 def as_json(value: Any, name: str) -> Any:

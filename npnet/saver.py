@@ -2,15 +2,20 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from npnet.archive import SaveError, check_name, read_archive, write_archive
+from npnet.backend import Array
+from npnet.blocks import Dropout
 from npnet.checks import check_flag, check_whole
+from npnet.layer import Layer
 from npnet.losses import TrainingDiverged
+from npnet.model_tree import all_layers
 from npnet.run import TrainingRun
-from npnet.savable import as_json, difference
+from npnet.savable import as_json, difference, shared_entry
 
 
 class Saver:
@@ -73,10 +78,22 @@ class Saver:
         said = description.get("run")
         if not isinstance(said, dict) or not isinstance(said.get("conditions"), dict):
             raise SaveError(f"{self.path}: a model without a training to go on with; npnet.load gives the model")
+        before = [(layer, layer.key) for _, layer in all_layers(run.model) if isinstance(layer, Dropout)]
         try:
-            unlike = difference({"model": description.get("model"), **said["conditions"]}, self._conditions(run))
+            with ExitStack() as undo:
+                undo.callback(_set_keys, before)
+                self._resume(run, description, arrays)
+                undo.pop_all()
         except RecursionError:  # lists in lists in lists
             raise SaveError(f"{self.path}: damaged, its description cannot be read") from None
+        self._note(run)
+
+    def _resume(self, run: TrainingRun, description: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """Go on from a save, if it is of the same training."""
+        said, saved = description["run"], description.get("model")
+        _set_keys(_saved_keys(saved, run.model))
+        shared = description.get("shared", {})
+        unlike = difference({"model": saved, "shared": shared, **said["conditions"]}, self._conditions(run))
         if unlike:
             epochs = "the number of epochs over which the learning rate falls (decay)"
             unlike = unlike.replace("epochs, while the learning rate falls", epochs)  # what saves call it
@@ -89,11 +106,11 @@ class Saver:
             raise
         except Exception as error:
             raise SaveError(f"{self.path}: damaged, it contradicts itself ({type(error).__name__}: {error})") from error
-        self._note(run)
 
     def _conditions(self, run: TrainingRun) -> dict[str, Any]:
         dtypes = sorted({str(parameter.value.dtype) for parameter in run.model.parameters()})
-        return {"model": run.model.description(), "dtypes": dtypes, **as_json(run.conditions, "fit")}
+        model = {"model": run.model.description(), "shared": run.model.shared_places()}
+        return {**model, "dtypes": dtypes, **as_json(run.conditions, "fit")}
 
     def step_done(self, run: TrainingRun, ending: bool = False) -> None:
         """Save, if it is time to, or if the run is ending.
@@ -110,7 +127,9 @@ class Saver:
         """Save now. Raises as `step_done`."""
         said, arrays = run.state()
         conditions = self._conditions(run)
-        description = {"model": conditions.pop("model"), "run": {**said, "conditions": conditions}, "about": self.about}
+        model = {"model": conditions.pop("model"), **shared_entry(run.model)}
+        del conditions["shared"]
+        description = {**model, "run": {**said, "conditions": conditions}, "about": self.about}
         try:
             write_archive(self.path, description, arrays)
         except ValueError as error:
@@ -127,3 +146,26 @@ class Saver:
     def _note(self, run: TrainingRun) -> None:
         self._taken = 0
         self.last = f"the last good save is {self.path}: {len(run.history.epochs)} epochs and {len(run.losses)} steps"
+
+
+def _saved_keys(saved: Any, model: Layer) -> list[tuple[Dropout, int]]:
+    """The keys that a save's description has for dropout layers of ``model`` whose own keys were drawn, not given."""
+    drawn = {layer.key: layer for _, layer in all_layers(model) if isinstance(layer, Dropout) and not layer.key_given}
+
+    def pairs(there: Any, here: Any) -> Iterator[tuple[Dropout, int]]:
+        if isinstance(here, dict) and isinstance(there, dict):
+            own, key = here.get("key"), there.get("key")
+            if type(own) is int and own in drawn and type(key) is int and 0 <= key < 2**63:
+                yield drawn[own], key
+            for name in here.keys() & there.keys():
+                yield from pairs(there[name], here[name])
+        elif isinstance(here, list) and isinstance(there, list):
+            for a, b in zip(there, here, strict=False):
+                yield from pairs(a, b)
+
+    return list(pairs(saved, model.description())) if drawn else []
+
+
+def _set_keys(keys: Iterable[tuple[Dropout, int]]) -> None:
+    for layer, key in keys:
+        layer.key = key

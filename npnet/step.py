@@ -8,12 +8,13 @@ from typing import Any
 from npnet.backend import Array
 from npnet.checkpoint import backpropagate, clear_gradients
 from npnet.checks import check_kind, check_number, check_whole, shown
-from npnet.failures import explained, first_not_finite
+from npnet.failures import examined, explained, first_not_finite, watched_first
 from npnet.gradient_sums import GradientSums
-from npnet.layer import Layer, Pair, Parameter, needs_saved
+from npnet.layer import Layer, Pair, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss, check_finite
 from npnet.optimizers import Optimizer, clip_grad_norm
+from npnet.parameter import Parameter
 from npnet.precision import GradScaler
 from npnet.random import next_step, one_step, rows_from
 from npnet.schedule import Schedule
@@ -80,7 +81,7 @@ def add_gradients(
     network = as_chain(model)
     schedule = _schedule_of(network, schedule)
     start = _OutputGradient(loss, y, weight)
-    with explained(network, schedule, x, loss=loss):
+    with explained(network, schedule, x, loss=loss), watched_first(model, network.layers, schedule, x):
         backpropagate(
             network.layers, schedule, x, start, after_backward=after_backward, determinism_check=determinism_check
         )
@@ -97,7 +98,10 @@ def _schedule_of(network: Sequential, schedule: ScheduleLike) -> Schedule:
 def value_and_grad(
     model: Layer, loss: Loss, x: Array, y: Array, *, schedule: ScheduleLike = "none", determinism_check: bool = False
 ) -> tuple[float, dict[str, Array]]:
-    """The loss and all its gradients, by the parameters' paths (see `Layer.named_parameters`); nothing is updated.
+    """The loss and all its gradients, by the parameters' paths (see `Layer.named_parameters`). No parameter is updated.
+
+    A shared parameter's gradient is the sum over all its places. Buffers (`npnet.Buffer`) change as in every pass of a
+    model that is training; `Layer.eval` keeps them.
 
     Args, raises: as for `add_gradients`.
     """
@@ -179,11 +183,12 @@ def accumulated_step(
     schedule = _schedule_of(network, schedule)
     clear_gradients(network.layers)
     check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
-    samples, value, seen = check_whole(samples, "samples"), 0.0, 0
+    samples, value, seen, own_rows = check_whole(samples, "samples"), 0.0, 0, 0
     scale = 1.0 if scaler is None else check_kind(scaler, GradScaler, "scaler", "GradScaler()").get_scale()
     at_once = streaming and clip_norm is None and scaler is None
     update = (lambda layer: optimizer.step(layer.parameters())) if at_once else None
     before = None if scaler is None else scaler.state_dict()
+    buffers = [(buffer, buffer.value) for buffer in examined(model, network.layers).buffers]
     if sums is not None:
         sums.start()
     try:
@@ -206,17 +211,20 @@ def accumulated_step(
                     where = partial(first_not_finite, network.layers, x, next_step())
                     after, look = sums.begin(last, update, value, weight, where)
                 start = _OutputGradient(loss, y, weight, look)
-                with explained(network, schedule, x, **terms), rows_from(first):
+                watch = watched_first(model, network.layers, schedule, x)
+                with explained(network, schedule, x, **terms), rows_from(first), watch:
                     backpropagate(
                         network.layers, schedule, x, start, after_backward=after, determinism_check=determinism_check
                     )
                 value += start.value
+            own_rows += len(x)
             if last:
                 break
         if seen != samples or not samples:
             raise ValueError(f"samples: the micro-batches have {seen} rows or more, expected {samples}")
         if sums is not None:
             value = sums.finish()
+            sums.average([buffer for buffer, _ in buffers], own_rows / samples)
         if not at_once:
             with explained(network, schedule, x, **terms):
                 _update(model.parameters(), optimizer, clip_norm, scaler)
@@ -224,6 +232,8 @@ def accumulated_step(
         if sums is not None:
             sums.failed(error)
         clear_gradients([model])
+        for buffer, old in buffers:
+            buffer.value = old
         if scaler is not None and before is not None:
             scaler.update()
             scaler.load_state_dict(before)
@@ -290,13 +300,29 @@ def lazy_gradient(
         check_kind(half, Sequential, name, "mlp([784, 30])")
     output_gradient = _OutputGradient(loss, y)
     plain = [as_schedule("none", len(half.layers), needs_saved(half.layers)) for half in (before, after)]
+    update: Callable[[Layer], None] = after_backward or (lambda layer: None)
+    shared, waiting = set(before.parameters()), list[Layer]()
+
+    def after_first(layer: Layer) -> None:
+        """A layer that shares a parameter with the other half is complete at the end."""
+        if shared.isdisjoint(layer.parameters()):
+            update(layer)
+        else:
+            waiting.append(layer)
+
     try:
-        with one_step():  # the first half draws the same random numbers again
-            gradient = backpropagate(
-                after.layers, plain[1], before.predict(x), output_gradient, after_backward=after_backward, needs_dx=True
-            )
+        with one_step() as step, watched_first(before, before.layers, plain[0], x):
+            bottleneck = before(x)
+            with watched_first(after, after.layers, plain[1], bottleneck):
+                gradient = backpropagate(
+                    after.layers, plain[1], bottleneck, output_gradient, after_backward=after_first, needs_dx=True
+                )
+            del bottleneck
             assert gradient is not None
-            backpropagate(before.layers, plain[0], x, lambda _: gradient, after_backward=after_backward)
+            with one_step(step):  # the first half is run again: it draws the same random numbers
+                backpropagate(before.layers, plain[0], x, lambda _: gradient, after_backward=update)
+            for layer in waiting:
+                update(layer)
     except BaseException:
         clear_gradients([before, after])
         raise

@@ -14,11 +14,13 @@ from npnet.archive import SaveError, read_archive
 from npnet.backend import Array, backend_of, get_backend, to_backend
 from npnet.blocks import GELU, Dropout, LayerNorm, Residual
 from npnet.checkpoint import Checkpoint
-from npnet.checks import shown
-from npnet.layer import Parameter
+from npnet.checks import check_room, shown
+from npnet.layer import Layer, put_values
 from npnet.layers import Dense, Linear, Sequential
+from npnet.model_tree import share
 from npnet.network import Network
 from npnet.network_with_checkpointing import NetworkWithCheckpointing
+from npnet.parameter import Buffer, Parameter
 from npnet.precision import HalfProducts, Stored, storage_dtype
 from npnet.random import kept_streams
 from npnet.savable import NOT_SAVED, Savable, kind_of
@@ -77,14 +79,19 @@ def model_of(
     arrays = {name: array for name, array in arrays.items() if "/" not in name}  # the others are the optimizer's
     try:
         said = description["model"]
-        if _numbers_in(said, known) > sum(array.size for array in arrays.values()):
+        shared = _shared(description, arrays)
+        numbers = sum(array.size for array in arrays.values()) + sum(arrays[first].size for first in shared.values())
+        if _numbers_in(said, known) > numbers:
             raise ValueError("it describes more parameters than it holds")
-        dtype = next((array.dtype for array in arrays.values()), np.dtype(np.float32))
+        check_room(numbers, "the model")
+        dtype = next((array.dtype for array in arrays.values() if array.dtype.kind == "f"), np.dtype(np.float32))
         with kept_streams() if own else nullcontext():  # classes of one's own draw first weights from anywhere
             model = _build(said, known, {"dtype": dtype, "backend": backend, "rng": 0, "initializer": "zeros"})
         if not isinstance(model, Savable):
             raise ValueError("it describes no model")
-        put(model.named_parameters(), arrays)
+        if isinstance(model, Layer):
+            share(model, shared)
+        put(model.named_arrays(), arrays)
         if isinstance(model, Network) and any(array.dtype != model.dtype for array in arrays.values()):
             raise ValueError(f"it says {model.dtype}, but holds other numbers")
     except SaveError as error:
@@ -96,21 +103,32 @@ def model_of(
     return model
 
 
-def put(parameters: Mapping[str, Parameter], arrays: Mapping[str, Array]) -> None:
-    """Make ``arrays`` the parameters' values, as they are: their layout decides how products round.
+def _shared(description: Mapping[str, Any], arrays: Mapping[str, Array]) -> dict[str, str]:
+    """Which paths share a parameter with which, as `npnet.savable.shared_entry` wrote it.
 
     Raises:
-        ValueError: names or shapes differ, or an array does not hold real numbers; nothing is changed.
+        ValueError: it makes no sense.
     """
-    differing = parameters.keys() ^ arrays.keys()
+    shared = description.get("shared", {})
+    if not isinstance(shared, dict) or not all(isinstance(first, str) and first in arrays for first in shared.values()):
+        raise ValueError("it shares parameters that it does not hold")
+    return shared
+
+
+def put(own: Mapping[str, Parameter | Buffer], arrays: Mapping[str, Array]) -> None:
+    """Make ``arrays`` the values of parameters and buffers, as they are: their layout decides how products round.
+
+    Raises:
+        ValueError: names or shapes differ, or an array does not hold numbers of the kind; nothing is changed.
+    """
+    differing = own.keys() ^ arrays.keys()
     if differing:
         raise ValueError(f"parameters {', '.join(sorted(differing))} are in the file or in the model, but not in both")
-    for name, parameter in parameters.items():
-        array, value = arrays[name], parameter.value
-        if array.shape != value.shape or array.dtype.kind != "f":
+    for name, each in own.items():
+        array, value = arrays[name], each.value
+        if array.shape != value.shape or array.dtype.kind != (value.dtype.kind if isinstance(each, Buffer) else "f"):
             raise ValueError(f"{name}: the file has {array.dtype} {array.shape}, the model {value.dtype} {value.shape}")
-    for name, parameter in parameters.items():
-        parameter.value, parameter.lent = to_backend(arrays[name], backend_of(parameter.value).name), False
+    put_values({each: to_backend(arrays[name], backend_of(each.value).name) for name, each in own.items()})
 
 
 def _numbers_in(said: Any, known: Mapping[str, type[Savable]]) -> int:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from npnet.blocks import Residual
+from npnet.chain_costs import HasLayers, input_of
 from npnet.checkpoint import Checkpoint
 from npnet.checks import check_whole
 from npnet.layer import Layer, costs_of
 from npnet.layers import Sequential
 from npnet.memory import format_bytes
-from npnet.pricing import HasLayers, input_of
 from npnet.report import Row, Table
 
 
@@ -19,7 +19,8 @@ def summary(network: HasLayers, batch_size: int = 1, *, features: int | None = N
     """What the layers of ``network`` make of a batch, and what they hold: print it, or read its ``rows``.
 
     Columns: the layer's path and name, the shape of its output, how many numbers its parameters are, and the bytes that
-    a plain training step holds of it: of its output, and of what it saves besides.
+    a plain training step holds of it: of its output, and of what it saves besides. Each layer has the numbers of all
+    its parameters; the sum above counts those that layers share once.
 
     Args:
         network: a `Network`, or a `Sequential`; the layers of models inside it are listed below them.
@@ -38,7 +39,7 @@ def summary(network: HasLayers, batch_size: int = 1, *, features: int | None = N
     """
     layers, features, dtype = input_of(network, features)
     shape = check_whole(batch_size, "batch_size", least=1), features
-    parameters = [parameter.value for layer in layers for parameter in layer.parameters()]
+    parameters = [each.value for each in dict.fromkeys(each for layer in layers for each in layer.parameters())]
     count, size = sum(value.size for value in parameters), sum(value.nbytes for value in parameters)
     rows = list(_rows({str(number): layer for number, layer in enumerate(layers)}, "", shape, dtype))
     return Table("summary", f"{count:,} parameters of {format_bytes(size)}; batch size {batch_size}", rows)

@@ -10,17 +10,19 @@ from typing import Any
 from npnet.backend import Array, backend_of, to_backend
 from npnet.batching import batches
 from npnet.capture import CapturedStep
-from npnet.checkpoint import digest
-from npnet.failures import explained, first_not_finite, rehearse
+from npnet.determinism import digest
+from npnet.failures import explained, first_not_finite, note_examined, rehearse
 from npnet.gradient_sums import GradientSums
 from npnet.interrupts import Interrupts
 from npnet.layer import Pair
+from npnet.layer_rules import has_foreign_layers
 from npnet.layers import Sequential
 from npnet.losses import Loss, TrainingDiverged, accuracy
+from npnet.model_tree import mode
 from npnet.optimizers import Optimizer
 from npnet.precision import GradScaler
 from npnet.random import RNG
-from npnet.recipe import Recipe, mode
+from npnet.recipe import Recipe
 from npnet.run import History, TrainingRun, share_keys
 from npnet.saver import Saver
 from npnet.schedule import Place
@@ -137,7 +139,7 @@ def _train(recipe: Recipe, run: TrainingRun, sums: GradientSums | None) -> None:
     """Epoch by epoch, from where the run stands to its end."""
     step = _step(recipe, sums)
     with Interrupts() as interrupts:
-        if recipe.at_once and not recipe.capture:
+        if (recipe.at_once and not recipe.capture) or has_foreign_layers(recipe.model.layers):
             _rehearse(recipe)
         while run.epoch < recipe.epochs:
             _train_epoch(recipe, run, step, interrupts)
@@ -179,6 +181,7 @@ def _rehearse(recipe: Recipe) -> None:
                 lambda layer: optimizer.prepare(layer.parameters()),
                 accumulating=recipe.accumulation_steps > 1,
             )
+            note_examined(model, model.layers, schedule)
 
 
 def _train_epoch(recipe: Recipe, run: TrainingRun, step: Step, interrupts: Interrupts) -> None:
@@ -216,7 +219,7 @@ def _train_epoch(recipe: Recipe, run: TrainingRun, step: Step, interrupts: Inter
                 interrupts.check(ending)
         score = _evaluated(recipe)
         if ranks.size > 1:
-            weights = [digest(parameter.value).hex()[:16] for parameter in model.parameters()]
+            weights = [digest(each.value).hex()[:16] for each in model.named_arrays().values()]
             ranks.alike({f"weights after epoch {run.number}": weights})
         progress.set_postfix(_readings(run.losses, score, recipe.show))
     except TrainingDiverged as error:

@@ -315,7 +315,7 @@ class Noisy(Peeking):
     """Draws numbers that the engine does not know of."""
 
     def forward(self, x):
-        return x + np.random.default_rng().standard_normal(x.shape), (x, None)
+        return x + np.random.default_rng().standard_normal(x.shape).astype(x.dtype), (x, None)
 
 
 class Replacing(npnet.SGD):

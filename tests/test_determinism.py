@@ -70,13 +70,17 @@ PASSED_ON = {  # the check is asked for from outside of the part
 }
 
 
+@pytest.mark.parametrize("run", [CHECKED["checkpoint"], CHECKED["backpropagate"], PASSED_ON["backpropagate"]])
+def test_without_the_check_and_outside_of_a_first_step_nothing_finds_noise(run):
+    run(Unseeded(), False)
+
+
 @pytest.mark.parametrize(
     "run",
     [pytest.param(run, id=name) for name, run in CHECKED.items()]
     + [pytest.param(run, id=f"{name}, a part inside") for name, run in PASSED_ON.items()],
 )
 def test_the_check_catches_noise_by_its_values_names_the_layer_and_says_what_to_do(run):
-    run(Unseeded(), False)  # nothing but the check finds it
     for layer in (Seeded(), Dropout(0.5, rng=0), Residual(Dropout(0.5, rng=0)), checkpoint(Seeded()), GELU()):
         run(layer, True)
     with pytest.raises(

@@ -17,11 +17,11 @@ import npnet
 from npnet import Dense, SoftmaxCrossEntropy, fit, launch, plan
 from npnet.batching import batches
 from npnet.blocks import keep_mask
+from npnet.chain_costs import MESSAGE_BYTES, buffer_bytes
 from npnet.device_ranks import DeviceRanks, take_device
 from npnet.failures import _advice
 from npnet.layers import mlp
 from npnet.optimizers import SGD, Adam
-from npnet.pricing import MESSAGE_BYTES, buffer_bytes
 from npnet.random import draws, first_row, one_step, rows_from
 from npnet.ranks import Ranks, share_of
 from npnet.schedules import none
