@@ -9,7 +9,7 @@ sum of what somebody kept.
 Batches are rows, (batch, features); weights are (out, in), as in PyTorch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -227,6 +227,15 @@ class Layer(Savable):
             "cost(self, shape, dtype, needs_dx=True) that returns an npnet.LayerCost"
         )
 
+    def cost_when_added(self, cost: LayerCost, alive: Collection[Parameter]) -> LayerCost:
+        """``cost``, where the parameters ``alive`` have gradients already: those of places above that share them.
+
+        What backward makes for these is added, and gone at once. By default it counts until backward is done, which is
+        never too little.
+        """
+        shared = sum(each.value.nbytes for each in self.parameters() if each in alive)
+        return cost._replace(gradient_bytes=cost.gradient_bytes - shared) if shared and cost.gradient_bytes else cost
+
     def check_input(self, x: Array) -> None:
         """Refuse an input that is not an array of floating-point numbers.
 
@@ -314,7 +323,10 @@ class InPlaceLayer(Layer):
 
 
 def costs_of(layers: Sequence[Layer], shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool) -> list[LayerCost]:
-    """What each layer of a chain takes for a batch; arguments, of the first layer, and errors as for `Layer.cost`."""
+    """What each layer of a chain takes for a batch; arguments, of the first layer, and errors as for `Layer.cost`.
+
+    A gradient that is added to another, which a layer above has made, is gone at once: see `Layer.cost_when_added`.
+    """
     costs: list[LayerCost] = []
     for number, layer in enumerate(layers):
         try:
@@ -322,6 +334,10 @@ def costs_of(layers: Sequence[Layer], shape: tuple[int, int], dtype: np.dtype[An
         except ShapeError as error:
             raise error.within(str(number)) from None
         shape = costs[-1].output_shape
+    alive = set[Parameter]()
+    for number in reversed(range(len(costs))):
+        costs[number] = layers[number].cost_when_added(costs[number], alive)
+        alive.update(layers[number].parameters())
     return costs
 
 

@@ -1,6 +1,6 @@
 """Dense layers, and layers in a row."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,16 @@ class Dense(InPlaceLayer):
             backward_flops=product * (1 + needs_dx) + 2 * batch * self.out_features + activation.backward_flops,
         )
 
+    def cost_when_added(self, cost: LayerCost, alive: Collection[Parameter]) -> LayerCost:
+        added = [parameter.value.nbytes for parameter in self.parameters() if parameter in alive]
+        if not added:
+            return cost
+        gradients, dtype = cost.gradient_bytes, self.weight.value.dtype
+        slope = self.activation.cost(cost.output_shape, dtype).backward_bytes
+        dx = max(cost.backward_bytes - gradients, 0)  # or what the slope takes more
+        kept = gradients - sum(added)
+        return cost._replace(gradient_bytes=kept, backward_bytes=max(slope, kept + max([*added, dx])))
+
     def _input_error(self, x: Array) -> Exception:
         """What was wrong with an ``x`` that the product refused."""
         weight, expected = self.weight.value, (self.out_features, self.in_features)
@@ -200,12 +210,9 @@ class Sequential(Layer):
                 held = cost.keeps_output or above.keeps_input
                 saved += cost.saved_bytes + (cost.output_bytes if held else 0)
                 passing = 0 if held else cost.output_bytes
-        alive = set[Parameter]()
         for number in reversed(range(len(costs))):
-            own = self.layers[number].parameters()
             backward_bytes = max(backward_bytes, gradients + dx + costs[number].backward_bytes)
-            gradients += costs[number].gradient_bytes - sum(each.value.nbytes for each in own if each in alive)
-            alive.update(own)
+            gradients += costs[number].gradient_bytes
             if number and not costs[number].in_place:
                 dx = costs[number - 1].dy_bytes  # the gradient between the two
         return LayerCost(
