@@ -6,9 +6,10 @@ for the device until somebody calls ``float()``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from npnet.attributes import Settings
 from npnet.backend import Array, array_module, backend_of, dot
 from npnet.checks import check_one_hot, check_pairs, check_rows, check_whole, is_finite
 
@@ -64,8 +65,14 @@ def accuracy(predict: Callable[[Array], Array], x: Array, y: Array) -> float:
     return correct / len(x)
 
 
-class Loss:
+class Loss(Settings):
     """Calling a loss gives its value; `value_and_gradient` also its gradient with respect to the output."""
+
+    _synonyms: ClassVar[Mapping[str, str]] = {
+        "reduction": "the loss as it is: a mean over the batch",
+        "weight": "add_gradients(weight=...), for a whole batch",
+        "label_smoothing": "targets that are smoothed: (1 - a) * y + a / classes",
+    }
 
     def __call__(self, output: Array, target: Array) -> Array:
         """The loss, a 0-d array."""

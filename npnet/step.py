@@ -237,7 +237,7 @@ def _update(
     """All parameters together: no one is changed before there is memory for all."""
     finite = scaler is None or scaler.unscale(parameters)
     if clip_norm is not None and finite:
-        clip_grad_norm(parameters, clip_norm)
+        clip_grad_norm(parameters, clip_norm, error_if_nonfinite=True)
     if scaler is None:
         optimizer.step(parameters)
     else:

@@ -135,7 +135,7 @@ call("Adam.step", lambda parameters: stepped(npnet.Adam(), parameters), paramete
 call("Optimizer.step", lambda parameters: npnet.Optimizer().step(parameters), NotImplementedError, parameters=[])
 call("Optimizer.held", lambda parameters: npnet.Adam().held(parameters), parameters=with_gradients())
 call("Optimizer.zero_grad", lambda parameters: npnet.SGD(1.0).zero_grad(parameters), parameters=with_gradients())
-call("clip_grad_norm", npnet.clip_grad_norm, parameters=with_gradients(), max_norm=1.0)
+call("clip_grad_norm", npnet.clip_grad_norm, parameters=with_gradients(), max_norm=1.0, error_if_nonfinite=True)
 call(
     "GradScaler",
     lambda **o: npnet.GradScaler(**o).get_scale(),

@@ -22,6 +22,7 @@ ORDER = [
         "launch",
         "backend",
         "checks",
+        "attributes",
         "pools",
         "files",
         "archive",
