@@ -169,7 +169,10 @@ def one_hot(labels: Any, classes: int, dtype: npt.DTypeLike = np.float64) -> Arr
     backend_of(labels)  # refuses masks
     dtype = check_float(dtype, "fiub")
     if labels.dtype.kind not in "iu":
-        raise TypeError(f"labels: expected whole numbers, got dtype {labels.dtype}")
+        how = "labels.astype(int), if that is what they are"
+        if labels.dtype.kind in "OUS":
+            how = "names, labels = numpy.unique(labels, return_inverse=True) numbers the names of classes"
+        raise TypeError(f"labels: expected whole numbers, got dtype {labels.dtype}; {how}")
     if labels.ndim != 1 or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
         raise ValueError(f"labels: expected shape (samples,) with values from 0 to {classes - 1}, got {shown(labels)}")
     check_room(labels.size * classes, "classes")

@@ -113,6 +113,7 @@ def loss_calls(kind: type[npnet.Loss]) -> None:
     call(f"{kind.__name__}.value_and_gradient", quiet(kind().value_and_gradient), output=DY, target=Y)
     call(f"{kind.__name__}.__call__", quiet(kind()), output=DY, target=Y)
     call(f"{kind.__name__}.check_targets", quiet(kind().check_targets), targets=Y, features=2)
+    call(f"{kind.__name__}.check_model", quiet(kind().check_model), model=npnet.mlp([2, 3, 2], rng=0))
 
 
 for kind in (npnet.Quadratic, npnet.MeanSquaredError, npnet.SoftmaxCrossEntropy, npnet.BCEWithLogits):
