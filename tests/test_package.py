@@ -26,6 +26,7 @@ ORDER = [
         "pools",
         "files",
         "archive",
+        "idx",
         "savable",
         "random",
         "initializers",
