@@ -14,12 +14,11 @@ import numpy as np
 from npnet.backend import Array
 from npnet.checks import check_callable, check_flag, check_kind, check_whole, shown
 from npnet.determinism import OTHER_NUMBERS, Checking, DeterminismCheck, NondeterministicLayer, digest
-from npnet.layer import InPlaceLayer, Layer, LayerCost, LayerError, Saved, ShapeError, both
+from npnet.layer import InPlaceLayer, Layer, LayerCost, LayerError, Saved, ShapeError, both, needs_saved
 from npnet.layer_rules import read_only, refuse_changed_input
 from npnet.layers import Sequential
 from npnet.model_tree import completed_after
 from npnet.offload import Store, borrowed_store
-from npnet.pricing import check_saves
 from npnet.random import new_step, one_step, set_updates
 from npnet.schedule import DROP, FETCH, FORWARD, OFFLOAD, Schedule
 
@@ -62,8 +61,8 @@ def backpropagate(
     Raises:
         NondeterministicLayer: with the check, a layer gave other numbers the second time.
         OffloadError: an activation cannot be moved out of memory, or back (see `npnet.offload`).
-        ValueError: the schedule is for a chain of another depth, or does not name the layers that need what they
-            save (see `needs_saved`); or there are such layers, and a ``restore``.
+        ValueError: the schedule is for a chain of another depth; or layers need what they save (see `needs_saved`), and
+            there is a ``restore``.
 
     If an error is raised, no gradients are left behind, and no buffer is changed.
     """
@@ -77,7 +76,7 @@ def backpropagate(
     try:
         if schedule.depth != len(layers):
             raise ValueError(f"a schedule for {schedule.depth} layers cannot run a chain of {len(layers)}")
-        check_saves(layers, schedule)
+        schedule = schedule.for_layers(needs_saved(layers))
         if restore is not None and schedule.needs_saved:
             raise ValueError(
                 f"restore: layers {sorted(schedule.needs_saved)} need what they saved, which it cannot give"
@@ -166,7 +165,10 @@ def _run(
                 gradient = output_gradient(output)
                 layer.check_gradient(gradient, output)
             kept = (held[first - 1], output) if layer.output_suffices else saved.pop(first)
-            gradient = layer.backward_(gradient, kept, first > 1 or needs_dx)
+            try:
+                gradient = layer.backward_(gradient, kept, first > 1 or needs_dx)
+            except LayerError as error:
+                raise error.within(str(first - 1)) from None
             del output, kept
             if after_backward is not None:
                 for each in (layer,) if completed is None else completed[first - 1]:

@@ -1,6 +1,8 @@
 """Checks of what people pass in: each says what was wrong, what was expected, and what to do."""
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -212,15 +214,55 @@ def check_list(values: Any, length: int, name: str) -> list[Any]:
     return given
 
 
-def check_rows(array: Array, features: int, name: str, labels: bool = False) -> None:
-    """Refuse all but rows, (samples, features), at least one; ``labels`` says that one-hot rows may be meant.
+def check_rows(array: Array, features: int, name: str, labels: bool = False, classes: bool | None = None) -> None:
+    """Refuse all but rows, (samples, features), at least one.
+
+    Args:
+        labels: targets are meant; a message says how a number for each sample becomes a row.
+        classes: those are of classes, or are numbers (None: either).
 
     Raises:
         ValueError: it has another shape.
     """
     if array.ndim != 2 or array.shape[1] != features or not len(array):
-        hint = "; class numbers become rows with npnet.one_hot(labels, classes)" if labels and array.ndim == 1 else ""
+        hint = rows_hint(array, features, classes) if labels else ""
         raise ValueError(f"{name}: expected rows of shape (samples, {features}), got {array.shape}{hint}")
+
+
+def rows_hint(y: Array, features: int, classes: bool | None = None) -> str:
+    """How targets of shape (samples,) become rows, for a message: see `check_rows`."""
+    if y.ndim != 1:
+        return ""
+    one_hot = "; class numbers become rows with npnet.one_hot(labels, classes)"
+    column = "; targets, one a sample, become a column with y.reshape(-1, 1)"
+    if features > 1:
+        column += ", for a network with one output"
+        whole = y.dtype.kind in "iub" or (y.dtype.kind == "f" and bool((y == y.round()).all()))
+        return one_hot if classes else (one_hot + column if classes is None and whole else column)
+    return f"{one_hot}, for a network with an output for each" if classes else column
+
+
+def as_array(value: Any, name: str) -> Array:
+    """``value``, if it is an array; as one of NumPy's, if it is a table (a DataFrame, a Series).
+
+    Raises:
+        TypeError: it is neither.
+    """
+    try:
+        backend_of(value)
+    except TypeError as error:
+        if isinstance(value, np.ndarray) or not hasattr(value, "__array__"):
+            raise TypeError(f"{name}: {error}") from None
+        return np.asarray(value)
+    return value
+
+
+def warn_caller(text: str) -> None:
+    """Warn, at the line outside npnet that called."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "npnet":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)
 
 
 def check_pairs(x: Array, y: Array, name: str = "") -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from npnet.archive import SaveError, npz_headers, read_npz
 from npnet.backend import Array, backend_of, to_host
 from npnet.checks import check_flag, check_float, check_number, check_room, check_whole, shown
+from npnet.idx import idx_files, is_idx, read_idx_files
 from npnet.layer import Pair
 from npnet.random import RNG, as_generator
 
@@ -44,21 +45,28 @@ def cache_folder() -> Path:
 
 
 def data_folders() -> list[Path]:
-    """The folders that are searched, in order: $NPNET_DATA, the repository's data/, the user's cache."""
+    """The folders that are searched, in order: $NPNET_DATA, the repository's data/, the user's cache, and the current
+    folder and its data/, where notebooks download to.
+    """
     chosen = os.environ.get("NPNET_DATA")
-    return [*([Path(chosen)] if chosen else []), Path(__file__).parents[1] / "data", cache_folder()]
+    folders = [*([Path(chosen)] if chosen else []), Path(__file__).parents[1] / "data", cache_folder()]
+    with suppress(OSError):  # the current folder may be gone
+        folders += [Path.cwd(), Path.cwd() / "data"]
+    return list(dict.fromkeys(folders))
 
 
 def find_mnist(path: str | os.PathLike[str] | None = None) -> Path:
     """The MNIST file: ``path`` (a file, or a folder that holds mnist.npz), else the first of `data_folders` with one.
 
+    Where there is no mnist.npz, the four idx files will do: then this is the one of the images to train on.
+
     Raises:
         FileNotFoundError: there is none; the message lists where it was looked for. Or $NPNET_DATA is no folder.
     """
-    return _find(MNIST_FILE, path, "MNIST", _HOW)
+    return _find(MNIST_FILE, path, "MNIST", _HOW, idx=True)
 
 
-def _find(name: str, path: str | os.PathLike[str] | None, what: str, how: str) -> Path:
+def _find(name: str, path: str | os.PathLike[str] | None, what: str, how: str, idx: bool = False) -> Path:
     if not (path is None or isinstance(path, (str, os.PathLike))):
         raise TypeError(f"path: expected a file or folder, got {shown(path)}")
     chosen = os.environ.get("NPNET_DATA")
@@ -68,9 +76,11 @@ def _find(name: str, path: str | os.PathLike[str] | None, what: str, how: str) -
     files = places
     with suppress(OSError):  # a name that is too long, say, which nothing can have
         files = [place / name if place.is_dir() or path is None else place for place in places]
-        for file in files:
+        for place, file in zip(places, files, strict=True):
             if file.is_file():
                 return file
+            if idx and "x_train" in (parts := idx_files(place)):
+                return parts["x_train"]
     raise FileNotFoundError(f"no {what} file at {' or '.join(map(str, files))}; {how}")
 
 
@@ -78,16 +88,24 @@ def read_mnist(path: str | os.PathLike[str] | None = None) -> dict[str, npt.NDAr
     """The four arrays of an MNIST file as they are stored: uint8, images (samples, 28, 28), labels (samples,).
 
     Raises:
-        FileNotFoundError: see `find_mnist`.
+        FileNotFoundError: see `find_mnist`; or an idx file lacks the three others beside it.
         DataError: the file is truncated, damaged, or does not hold these four arrays.
     """
     file = find_mnist(path)
     try:
-        _check_headers(file, npz_headers(file))
-        stored = dict(read_npz(file, _MOST_MNIST))
+        if is_idx(file):
+            stored = read_idx_files(file.parent, _MOST_MNIST)
+            _check_headers(file, {name: (array.dtype, array.shape) for name, array in stored.items()})
+        else:
+            _check_headers(file, npz_headers(file))
+            stored = dict(read_npz(file, _MOST_MNIST))
+    except (DataError, FileNotFoundError):
+        raise
     except (SaveError, OSError) as error:
         cause = str(error).removeprefix(f"{file}: ")
         raise DataError(f"{file}: truncated, damaged or not an .npz file ({cause}); {_advice(file)}") from error
+    except ValueError as error:  # of an idx file, which it names
+        raise DataError(f"{error}; {_advice(file)}") from error
     for name in ("y_train", "y_test"):
         wrong = np.flatnonzero(stored[name] > 9)
         if len(wrong):
@@ -129,8 +147,9 @@ def load_mnist(path: str | os.PathLike[str] | None = None, dtype: npt.DTypeLike 
     """MNIST, 60,000 + 10,000 handwritten digits, ready to train on.
 
     Args:
-        path: the file, or its folder. By default $NPNET_DATA, the repository's data/, then the user's cache
-            are searched; nothing is downloaded.
+        path: the file, or its folder: mnist.npz, or the four idx files that MNIST was published in (gzipped or not;
+            any of them will do). By default `data_folders` are searched: $NPNET_DATA, the repository's data/, the
+            user's cache, the current folder and its data/. Nothing is downloaded.
         dtype: of all four arrays.
 
     Returns:
@@ -169,7 +188,10 @@ def one_hot(labels: Any, classes: int, dtype: npt.DTypeLike = np.float64) -> Arr
     backend_of(labels)  # refuses masks
     dtype = check_float(dtype, "fiub")
     if labels.dtype.kind not in "iu":
-        raise TypeError(f"labels: expected whole numbers, got dtype {labels.dtype}")
+        how = "labels.astype(int), if that is what they are"
+        if labels.dtype.kind in "OUS":
+            how = "names, labels = numpy.unique(labels, return_inverse=True) numbers the names of classes"
+        raise TypeError(f"labels: expected whole numbers, got dtype {labels.dtype}; {how}")
     if labels.ndim != 1 or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
         raise ValueError(f"labels: expected shape (samples,) with values from 0 to {classes - 1}, got {shown(labels)}")
     check_room(labels.size * classes, "classes")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
+from npnet.attributes import refuse_unknown_attribute
 from npnet.backend import Array, array_module, backend_of, to_backend, to_host
 from npnet.checks import check_flag
 from npnet.parameter import Buffer, Parameter
@@ -78,6 +79,24 @@ class ResultError(LayerError, TypeError):
     """A layer's method does not return what it must."""
 
 
+class MissingMethod(LayerError, NotImplementedError):
+    """A layer of one's own lacks a method."""
+
+
+_NOT_FROZEN = "nothing: npnet trains every parameter, and cannot freeze one yet"
+_OF_PARAMETERS = "the gradients of its parameters: layer.weight.gradient"
+_SYNONYMS: dict[str, str] = {
+    **dict.fromkeys(("trainable", "requires_grad", "frozen"), _NOT_FROZEN),
+    **dict.fromkeys(("gradient", "grad"), _OF_PARAMETERS),
+    **dict.fromkeys(("kernel", "weights"), "weight, a Parameter: layer.weight.value"),
+    "biases": "bias, a Parameter: layer.bias.value",
+    **dict.fromkeys(("rate", "probability", "dropout"), "p, of a Dropout layer"),
+    **dict.fromkeys(("lr", "learning_rate", "weight_decay"), "that of the optimizer"),
+    "is_training": "training, or the methods train() and eval()",
+}
+"""Attributes of layers elsewhere -> what to use in npnet."""
+
+
 class Layer(Savable):
     """One link of a chain: a_l = f_l(a_{l-1}), with its derivative."""
 
@@ -92,7 +111,7 @@ class Layer(Savable):
         changes from step to step, such as a running mean, is an `npnet.Buffer`. See `npnet.layer_rules`.
         """
         name = type(self).__name__
-        raise NotImplementedError(
+        raise MissingMethod(
             f"{name} has no forward; write forward(self, x), which returns (y, saved): the output for x, and what "
             "backward needs"
         )
@@ -100,7 +119,7 @@ class Layer(Savable):
     def backward(self, dy: Array, saved: Saved) -> Array:
         """The gradient at the input, dx, from that at the output, ``dy``; adds into the parameters' gradients."""
         name = type(self).__name__
-        raise NotImplementedError(
+        raise MissingMethod(
             f"{name} has no backward; write backward(self, dy, saved): from dy, the gradient at the output, and what "
             "forward saved, it returns the gradient at the input, and it adds to each parameter's, "
             "self.weight.accumulate(gradient), summed over the batch"
@@ -120,9 +139,17 @@ class Layer(Savable):
         """The output alone."""
         return both(self, self.forward(x))[0]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(vars(self).get(name), Parameter) and not isinstance(value, Parameter):
-            raise TypeError(f"{self}: {name} is a Parameter; its numbers are {name}.value, assign to that")
+        held = vars(self).get(name)
+        if isinstance(held, (Parameter, Buffer)) and not isinstance(value, type(held)):
+            raise TypeError(f"{self}: {name} is a {type(held).__name__}; its numbers are {name}.value, assign to that")
+        if held is None and name in _SYNONYMS:
+            refuse_unknown_attribute(self, name, _SYNONYMS)
+        if name in ("train", "eval") and not callable(value):
+            raise TypeError(f"{self}: {name} is a method: call layer.{name}()")
         super().__setattr__(name, value)
 
     def children(self) -> "dict[str, Layer]":

@@ -68,14 +68,19 @@ class Dense(InPlaceLayer):
         return [self.weight, self.bias]
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
-        xp, weight = array_module(x), self.weight.value
+        xp, weight, bias = array_module(x), self.weight.value, self.bias.value
         try:
-            if x.ndim != 2 or x.dtype != weight.dtype:
-                raise TypeError
+            dtype = weight.dtype  # equal dtypes are nearly always one object: the quick look is enough
+            usual = x.dtype is dtype is bias.dtype and x.ndim == 2 and bias.shape == (self.out_features,)
+            problem = None if usual else self._input_error(x)
+            if problem is not None:
+                raise problem
             y = xp.dot(x, weight.T)  # (batch, out)
-        except (TypeError, ValueError):
-            raise self._input_error(x) from None
-        self.activation.forward_(y, self.bias.value)
+            self.activation.forward_(y, bias)
+        except LayerError:
+            raise
+        except (AttributeError, TypeError, ValueError) as error:
+            raise (self._input_error(x) or error) from None
         return y, (x, y)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
@@ -113,11 +118,21 @@ class Dense(InPlaceLayer):
         kept = gradients - sum(added)
         return cost._replace(gradient_bytes=kept, backward_bytes=max(slope, kept + max([*added, dx])))
 
-    def _input_error(self, x: Array) -> Exception:
-        """What was wrong with an ``x`` that the product refused."""
-        weight, expected = self.weight.value, (self.out_features, self.in_features)
-        if weight.shape != expected:
-            return ShapeError(f"{self}: its weight should have shape {expected}, and has {weight.shape}")
+    def _input_error(self, x: Array) -> Exception | None:
+        """What was wrong with a parameter, or with an ``x`` that the product refused."""
+        weight = self.weight.value
+        for name, value, shape in (
+            ("weight", weight, (self.out_features, self.in_features)),
+            ("bias", self.bias.value, (self.out_features,)),
+        ):
+            expected = f"{self}: {name}.value should be an array of floating-point numbers, of shape {shape}"
+            kind = getattr(getattr(value, "dtype", None), "kind", "none")
+            if kind not in "fV":
+                return KindError(f"{expected}; it is {shown(value) if kind == 'none' else f'of dtype {value.dtype}'}")
+            if value.shape != shape:
+                return ShapeError(f"{expected}; it has {value.shape}")
+            if value.dtype != weight.dtype or backend_of(value) is not backend_of(weight):
+                return KindError(f"{self}: weight.value is {weight.dtype}, {name}.value {value.dtype}; make them alike")
         if backend_of(x) is not backend_of(weight):
             return KindError(
                 f"{self}: the input is on backend {backend_of(x).name!r}, the weights on {backend_of(weight).name!r}; "
@@ -125,6 +140,8 @@ class Dense(InPlaceLayer):
             )
         if x.ndim != 2 or x.shape[1] != self.in_features:
             return ShapeError(f"{self}: expected rows of shape (batch, {self.in_features}), got {x.shape}")
+        if x.dtype == weight.dtype:
+            return None
         kinds = f"the input has dtype {x.dtype}, the weights {weight.dtype}"
         return KindError(f"{self}: {kinds}; convert with x.astype({weight.dtype.name!r})")
 
@@ -186,15 +203,21 @@ class Sequential(Layer):
         return x, saved
 
     def backward(self, dy: Array, saved: Saved) -> Array:
-        for layer, kept in zip(reversed(self.layers), reversed(saved), strict=True):
-            dy = layer.backward(dy, kept)
+        for number, kept in reversed(list(enumerate(saved))):
+            try:
+                dy = self.layers[number].backward(dy, kept)
+            except LayerError as error:
+                raise error.within(str(number)) from None
         return dy
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
         gradient: Array | None = dy
         for number in reversed(range(len(self.layers))):
             assert gradient is not None, "a layer below needs dx"
-            gradient = self.layers[number].backward_(gradient, saved[number], needs_dx or number > 0)
+            try:
+                gradient = self.layers[number].backward_(gradient, saved[number], needs_dx or number > 0)
+            except LayerError as error:
+                raise error.within(str(number)) from None
         return gradient
 
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:

@@ -6,11 +6,24 @@ for the device until somebody calls ``float()``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from npnet.activations import Sigmoid, Softmax
+from npnet.attributes import Settings
 from npnet.backend import Array, array_module, backend_of, dot
-from npnet.checks import check_one_hot, check_pairs, check_rows, check_whole, is_finite
+from npnet.checks import (
+    check_kind,
+    check_one_hot,
+    check_pairs,
+    check_rows,
+    check_whole,
+    is_finite,
+    rows_hint,
+    warn_caller,
+)
+from npnet.layer import Layer
+from npnet.layers import Sequential
 
 
 class TrainingDiverged(ArithmeticError):
@@ -64,8 +77,14 @@ def accuracy(predict: Callable[[Array], Array], x: Array, y: Array) -> float:
     return correct / len(x)
 
 
-class Loss:
+class Loss(Settings):
     """Calling a loss gives its value; `value_and_gradient` also its gradient with respect to the output."""
+
+    _synonyms: ClassVar[Mapping[str, str]] = {
+        "reduction": "the loss as it is: a mean over the batch",
+        "weight": "add_gradients(weight=...), for a whole batch",
+        "label_smoothing": "targets that are smoothed: (1 - a) * y + a / classes",
+    }
 
     def __call__(self, output: Array, target: Array) -> Array:
         """The loss, a 0-d array."""
@@ -87,11 +106,31 @@ class Loss:
         """
         backend_of(targets)  # refuses what is no array
         if targets.dtype.kind not in "fiub":
-            raise TypeError(f"targets: expected real numbers, got dtype {targets.dtype}")
-        check_rows(targets, check_whole(features, "features", least=1), "targets", labels=True)
+            raise TypeError(
+                f"targets: expected real numbers, got dtype {targets.dtype}; names of classes become numbers with "
+                "numpy.unique(names, return_inverse=True), and these become rows with npnet.one_hot"
+            )
+        features = check_whole(features, "features", least=1)
+        check_rows(targets, features, "targets", labels=True, classes=self._classes)
+
+    _classes: ClassVar[bool | None] = None  # targets are classes; or numbers; or either
+    _own_activation: ClassVar[str] = ""  # that is part of the loss
+
+    def check_model(self, model: Layer) -> None:
+        """Warn of a model whose outputs are squashed by its last activation, if this loss does that itself."""
+        last: Any = check_kind(model, Layer, "model", "mlp([784, 30, 10])")
+        while isinstance(last, Sequential) or type(last).__module__ in ("npnet.checkpoint", "npnet.precision"):
+            last = last.inner if not isinstance(last, Sequential) else last.layers[-1] if last.layers else None
+        activation = getattr(last, "activation", last)
+        if self._own_activation and isinstance(activation, (Sigmoid, Softmax)):
+            loss, own = type(self).__name__, self._own_activation
+            warn_caller(
+                f"the model ends with {activation}, but {loss} applies {own} itself, and learns badly from outputs "
+                f'that are squashed: use "identity" as the last activation; the {own} of its output is a probability'
+            )
 
 
-def _check_pair(output: Array, target: Array) -> None:
+def _check_pair(output: Array, target: Array, classes: bool | None) -> None:
     if backend_of(output) is not backend_of(target):
         raise TypeError(
             f"loss: the output is on backend {backend_of(output).name!r}, the target on "
@@ -100,7 +139,8 @@ def _check_pair(output: Array, target: Array) -> None:
     if output.ndim != 2 or output.shape != target.shape or not output.size:
         raise ValueError(
             f"loss: output and target must have the same shape, got {output.shape} and {target.shape}; "
-            "both are rows, (batch, features), at least one"
+            f"both are rows, (batch, features), at least one"
+            f"{rows_hint(target, output.shape[-1], classes) if output.ndim == 2 else ''}"
         )
     if output.dtype.kind != "f" or target.dtype.kind not in "fiub":
         raise TypeError(
@@ -112,7 +152,7 @@ class _ByFormula(Loss):
     """A loss whose value and gradient are elementwise arithmetic and sums, so that a GPU can do it as one kernel."""
 
     def value_and_gradient(self, output: Array, target: Array) -> tuple[Array, Array]:
-        _check_pair(output, target)
+        _check_pair(output, target, self._classes)
         if target.dtype != output.dtype:
             target = target.astype(output.dtype)
         return self._formula(output, target, self._scale(output))
@@ -159,6 +199,7 @@ class SoftmaxCrossEntropy(_ByFormula):
     """
 
     loss_arrays = 2
+    _classes, _own_activation = True, "softmax"
 
     def _scale(self, output: Array) -> float:
         return 1.0 / len(output)
@@ -193,6 +234,7 @@ class BCEWithLogits(_ByFormula):
     """
 
     loss_arrays = 2
+    _classes, _own_activation = False, "sigmoid"
 
     def _scale(self, output: Array) -> float:
         return 1.0 / output.size

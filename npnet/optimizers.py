@@ -9,14 +9,18 @@ alive together. Both give the same numbers.
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
+from npnet.attributes import Checks, Settings
 from npnet.backend import Array, along_rows, array_module, backend_of, dot, to_backend, to_host
-from npnet.checks import check_kind, check_mapping, check_number, shown
+from npnet.checks import check_flag, check_kind, check_mapping, check_number, shown
 from npnet.losses import check_finite
 from npnet.parameter import Parameter
+
+_SHARE = partial(check_number, below=1.0)
 
 
 def check_parameters(parameters: Iterable[Parameter]) -> list[Parameter]:
@@ -37,18 +41,24 @@ def check_parameters(parameters: Iterable[Parameter]) -> list[Parameter]:
     return given
 
 
-class Optimizer:
+class Optimizer(Settings):
     """Updates parameters from their gradients; keeps what it has to remember per parameter.
 
-    A subclass says in `state_names` what that is, and writes `_update`.
+    A subclass says in `state_names` what that is, and writes `_update`. Settings may change between steps, and are
+    checked then, too.
     """
 
     learning_rate: float
     weight_decay: float
+    _checks: ClassVar[Checks] = {"learning_rate": check_number, "weight_decay": check_number}
+    _synonyms: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("lr", "eta", "rate", "step_size"), "learning_rate"),
+        **dict.fromkeys(("l2", "decay"), "weight_decay"),
+        "param_groups": "learning_rate and the other settings; the parameters are given to step",
+    }
 
     def __init__(self, learning_rate: float = 1e-3, weight_decay: float = 0.0) -> None:
-        self.learning_rate = check_number(learning_rate, "learning_rate")
-        self.weight_decay = check_number(weight_decay, "weight_decay")
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self._state: dict[Parameter, dict[str, Any]] = {}  # arrays by name, and "steps" taken
 
     def __repr__(self) -> str:
@@ -219,9 +229,11 @@ class SGD(Optimizer):
     gradient is that of the loss + weight_decay / 2 * |w|^2.
     """
 
+    _checks: ClassVar[Checks] = {**Optimizer._checks, "momentum": _SHARE}
+
     def __init__(self, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(learning_rate, weight_decay)
-        self.momentum = check_number(momentum, "momentum", below=1.0)
+        self.momentum = momentum
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -250,6 +262,11 @@ class Adam(Optimizer):
     kept is m / (1-b1) and v / (1-b2), which saves a quarter of the passes over memory.
     """
 
+    _checks: ClassVar[Checks] = {**Optimizer._checks, "beta1": _SHARE, "beta2": _SHARE, "epsilon": check_number}
+    _synonyms: ClassVar[Mapping[str, str]] = {
+        **Optimizer._synonyms, "betas": "beta1 and beta2", "momentum": "beta1", "eps": "epsilon"
+    }  # fmt: skip
+
     def __init__(
         self,
         learning_rate: float = 1e-3,
@@ -259,8 +276,7 @@ class Adam(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(learning_rate, weight_decay)
-        self.beta1, self.beta2 = check_number(beta1, "beta1", below=1.0), check_number(beta2, "beta2", below=1.0)
-        self.epsilon = check_number(epsilon, "epsilon")
+        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -288,26 +304,35 @@ class Adam(Optimizer):
         xp.subtract(weight, step, out=weight)
 
 
-def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
+def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float, *, error_if_nonfinite: bool = False) -> float:
     """Scale all gradients by the same factor, so that their norm together is at most ``max_norm``.
 
-    Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", 2013, algorithm 1.
+    A norm that is not finite scales nothing: with scaled gradients, `GradScaler.step` then skips the update. Pascanu,
+    Mikolov & Bengio, "On the difficulty of training recurrent neural networks", 2013, algorithm 1.
+
+    Args:
+        parameters: whose gradients, as from ``model.parameters()``.
+        max_norm: the most that the norm may be.
+        error_if_nonfinite: raise an error if it is infinite or NaN, before anything is updated.
 
     Returns:
         The norm before: the square root of the sum of all squares.
 
     Raises:
-        TrainingDiverged: it is not finite.
+        TrainingDiverged: it is not finite, with ``error_if_nonfinite``.
     """
     max_norm, given = check_number(max_norm, "max_norm"), check_parameters(parameters)
+    error_if_nonfinite = check_flag(error_if_nonfinite, "error_if_nonfinite")
     gradients = [each.gradient for each in given if each.gradient is not None]
     squares: Any = 0.0
     for gradient in gradients:
         flat = gradient.ravel(order="K")
         with np.errstate(over="ignore", invalid="ignore"):  # found below
             squares = dot(flat, flat).astype(np.float64) + squares
-    norm = check_finite(math.sqrt(float(squares)), "the norm of the gradient")  # on a device the one wait
-    if norm > max_norm:
+    norm = math.sqrt(float(squares))  # on a device the one wait
+    if error_if_nonfinite:
+        check_finite(norm, "the norm of the gradient")
+    if max_norm < norm < math.inf:
         for (gradient,) in map(along_rows, gradients):
             gradient *= max_norm / norm
     return norm

@@ -14,7 +14,7 @@ from npnet.offload import check_elsewhere
 from npnet.optimal import Optimum, exact_unit, remainders, smallest_budget
 from npnet.optimizers import Optimizer
 from npnet.plans import MOST_LAYERS, InfeasibleBudget, Plan, describe_moment, remedies
-from npnet.pricing import Chain, check_saves
+from npnet.pricing import Chain
 from npnet.schedule import Place, Schedule, check_place
 from npnet.schedules import ScheduleLike
 
@@ -125,7 +125,6 @@ def _candidates(
         most = [depth] if budget is None else _spread(0, max(depth - 2, 0))
         return [schedules.offloaded(depth, 1, count, chain.needs_saved, offload) for count in most], None
     schedule = schedules.as_schedule(strategy, depth, chain.needs_saved)
-    check_saves(network.layers, schedule)
     return [schedule], None
 
 

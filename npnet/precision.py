@@ -11,10 +11,12 @@ Micikevicius et al., "Mixed Precision Training", 2018.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from npnet.attributes import Checks, Settings
 from npnet.backend import Array, along_rows, array_module, backend_of
 from npnet.checkpoint import Checkpoint
 from npnet.checks import (
@@ -233,13 +235,31 @@ def _stored(layer: Layer, dtype: np.dtype[Any], single: np.dtype[Any], down: boo
 SMALLEST_SCALE = 2.0**-100
 
 
-class GradScaler:
+class GradScaler(Settings):
     """Dynamic loss scaling: keeps small gradients from vanishing in half precision, and survives those that overflow.
 
     The loss is multiplied by a factor, the gradients are divided by it again. If one is not finite, the step is skipped
     and the factor made smaller; after ``growth_interval`` good steps in a row it is made larger. As
     ``torch.amp.GradScaler``.
+
+    A loop of one's own, with ``parameters = model.parameters()``; an overflow is skipped, whatever it meets first:
+
+        npnet.add_gradients(model, loss, x, y, weight=scaler.get_scale())
+        scaler.unscale(parameters)
+        npnet.clip_grad_norm(parameters, 1.0)
+        scaler.step(optimizer, parameters)
+        scaler.update()
     """
+
+    _checks: ClassVar[Checks] = {
+        "growth_factor": partial(check_number, least=1.0),
+        "backoff_factor": partial(check_number, least=SMALLEST_SCALE, below=1.0),
+        "growth_interval": partial(check_whole, least=1),
+    }
+    _synonyms: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("scale", "init_scale"), "get_scale() to read it, load_state_dict to set it"),
+        "enabled": "scaler=None, for a training without",
+    }
 
     def __init__(
         self,
@@ -249,11 +269,9 @@ class GradScaler:
         growth_interval: int = 2000,
     ) -> None:
         self._scale = check_number(init_scale, "init_scale", least=SMALLEST_SCALE)
-        self.growth_factor = check_number(growth_factor, "growth_factor", least=1.0)
-        self.backoff_factor = check_number(backoff_factor, "backoff_factor", least=SMALLEST_SCALE, below=1.0)
-        self.growth_interval = check_whole(growth_interval, "growth_interval", least=1)
+        self.growth_factor, self.backoff_factor, self.growth_interval = growth_factor, backoff_factor, growth_interval
         self.good_steps = self.skipped_steps = 0
-        self._unscaled = False  # the gradients for the step to come
+        self._unscaled: set[Parameter] = set()  # those whose gradients are, for the steps to come
         self._finite: bool | None = None  # all gradients since the last update; None: there were none
 
     def get_scale(self) -> float:
@@ -261,15 +279,15 @@ class GradScaler:
         return self._scale
 
     def unscale(self, parameters: Iterable[Parameter]) -> bool:
-        """Divide all gradients by the factor, before `step` (which otherwise does it); returns whether they are finite.
+        """Divide the gradients by the factor, before `step` (which otherwise does it); returns whether they are finite.
 
         Raises:
             RuntimeError: it was done already.
         """
-        if self._unscaled:
-            raise RuntimeError("GradScaler.unscale: the gradients are unscaled already; call step, then update")
         given = check_parameters(parameters)
-        self._unscaled = True
+        if not self._unscaled.isdisjoint(given):
+            raise RuntimeError("GradScaler.unscale: the gradients are unscaled already; call step, then update")
+        self._unscaled.update(given)
         gradients = [parameter.gradient for parameter in given if parameter.gradient is not None]
         for (gradient,) in map(along_rows, gradients):
             gradient *= 1 / self._scale
@@ -284,9 +302,8 @@ class GradScaler:
         """
         check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
         parameters = check_parameters(parameters)
-        if not self._unscaled:
-            self.unscale(parameters)
-        self._unscaled = False
+        self.unscale([each for each in parameters if each not in self._unscaled])
+        self._unscaled.difference_update(parameters)
         if self._finite:
             optimizer.step(parameters)
             return True
@@ -302,7 +319,8 @@ class GradScaler:
         elif self._finite is not None:
             self.good_steps, self.skipped_steps = 0, self.skipped_steps + 1
             self._scale = max(self._scale * self.backoff_factor, SMALLEST_SCALE)
-        self._unscaled, self._finite = False, None
+        self._unscaled.clear()
+        self._finite = None
 
     def config(self) -> dict[str, float]:
         """How the factor moves."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import accumulate, repeat
 from typing import NamedTuple
 
-from npnet.layer import Layer, needs_saved
 from npnet.schedule import BACKWARD, DROP, FETCH, FORWARD, OFFLOAD, Action, Schedule
 
 
@@ -192,15 +191,3 @@ def _restarted(schedule: Schedule) -> set[int]:
             if runs[layer - 1] > 1:
                 restarted.add(made[layer - 1])
     return restarted
-
-
-def check_saves(layers: Sequence[Layer], schedule: Schedule) -> None:
-    """Refuse a schedule that does not name the layers that need what they save (see `npnet.layer.needs_saved`).
-
-    Raises:
-        ValueError: it does not.
-    """
-    unsaved = needs_saved(layers) - schedule.needs_saved
-    if unsaved:
-        first = min(unsaved)
-        raise ValueError(f"layer {first} ({layers[first - 1]}) needs what it saved: make the schedule with needs_saved")

@@ -11,6 +11,7 @@ import numpy as np
 import npnet
 from npnet.backend import Array, backend_of, get_backend
 from npnet.checks import (
+    as_array,
     check_callable,
     check_flag,
     check_kind,
@@ -113,10 +114,11 @@ class Recipe:
         parameters, self.rng = self.model.parameters(), as_generator(self.rng)
         self.feed = Feed(self.transform, backend_of(parameters[0].value) if parameters else get_backend("numpy"))
         self.limit = HardBudget(self.feed.backend, budget, partial(self.optimizer.held, parameters))
+        self.loss.check_model(self.model)
         with mode(self.model, training=False):
-            self._check_data("training data", self.training_data)
+            self.training_data = self._check_data("training data", self.training_data)
             if self.test_data is not None:
-                self._check_data("test data", self.test_data)
+                self.test_data = self._check_data("test data", self.test_data)
                 check_one_hot(self.test_data[1], "test data: y")
         samples = len(self.training_data[0])
         if self.batch_size > samples:
@@ -171,20 +173,22 @@ class Recipe:
         self.schedule = as_schedule(self.schedule, len(layers), needs_saved(layers))
         return budget
 
-    def _check_data(self, name: str, pair: Pair) -> None:
-        """Refuse data that do not fit, by running one row through the model."""
+    def _check_data(self, name: str, pair: Pair) -> Pair:
+        """The data as arrays; those that do not fit are refused, by running one row through the model."""
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"{name}: expected a pair (x, y), got {type(pair).__name__}")
-        x, y = pair
-        backend_of(x), backend_of(y)  # refuse what is not an array
-        if x.ndim != 2 or not len(x):
-            raise ValueError(f"{name}: expected x of shape (samples, features), got {x.shape}")
+        x, y = as_array(pair[0], f"{name}: x"), as_array(pair[1], f"{name}: y")
+        if x.ndim < 2 or (x.ndim > 2 and self.transform is None) or not len(x):
+            images = "; x.reshape(len(x), -1) makes rows of images, a transform batch by batch" if x.ndim > 2 else ""
+            raise ValueError(f"{name}: expected x of shape (samples, features), got {x.shape}{images}")
         check_pairs(x, y, f"{name}: ")
         rows = self.feed(x[:1])
         if not hasattr(rows, "dtype"):
             raise TypeError(
                 f"transform: expected a function that returns an array, it returned a {type(rows).__name__}"
             )
+        if len(rows) != 1:
+            raise ValueError(f"transform: expected a row for each row of x, of 1 it made shape {rows.shape}")
         try:
             output = self.model.predict(rows)
             check_no_nan(y, "y")
@@ -195,6 +199,7 @@ class Recipe:
             fitting = f"y.astype({output.dtype.name!r})"
             raise TypeError(f"{name}: y has dtype {y.dtype}, the network {output.dtype}; convert with {fitting}")
         check_no_nan(x, f"{name}: x")
+        return x, y
 
     def begin(self) -> TrainingRun:
         """The run before its first step."""

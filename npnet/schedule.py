@@ -16,7 +16,7 @@ This module knows integers only: no arrays, no bytes.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -140,6 +140,9 @@ class Schedule(tuple[Action, ...]):
     offload_to: Place | None
     runs: tuple[Run, ...]
     """What the engine executes."""
+    remake: "Callable[..., Schedule] | None" = None
+    """Makes the same schedule with other ``needs_saved``; None for one that was written by hand."""
+    _remade: "Schedule | None" = None  # by the last call of `for_layers`
 
     def __new__(
         cls,
@@ -197,6 +200,25 @@ class Schedule(tuple[Action, ...]):
             lines.append(str(action).ljust(indent) + " ".join(mark.rjust(width) for mark in marks).rstrip())
             marks[layer] = "o" if kind in HOLDING else "-" if kind is OFFLOAD else "."
         return "\n".join(lines)
+
+    def for_layers(self, needs_saved: frozenset[int]) -> "Schedule":
+        """The schedule with these layers among its ``needs_saved``: itself, if they are there already.
+
+        One that was made without the model (``every_nth(depth, n)``) is made again; one that was written by hand keeps
+        its actions, if they can be executed.
+
+        Raises:
+            InvalidSchedule: they cannot.
+        """
+        if needs_saved <= self.needs_saved:
+            return self
+        if self._remade is None or not needs_saved <= self._remade.needs_saved:
+            needs_saved |= self.needs_saved
+            if self.remake is not None:
+                self._remade = self.remake(needs_saved=needs_saved)
+            else:
+                self._remade = Schedule(self, self.depth, self.name, needs_saved, self.offload_to)
+        return self._remade
 
     @property
     def forwards(self) -> Counter[int]:

@@ -6,7 +6,8 @@ The schedule that is cheapest for a budget in bytes needs to know what the layer
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 from npnet.checks import check_whole, shown
 from npnet.schedule import BACKWARD, DROP, FETCH, FORWARD, OFFLOAD, Kind, Place, Schedule, check_layers
@@ -29,7 +30,7 @@ def none(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
     >>> print(none(2))
     forward 1, forward 2, backward 2, backward 1
     """
-    return _segments(depth, [], needs_saved, "plain")
+    return _remade(_segments(depth, [], needs_saved, "plain"), none, depth)
 
 
 def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
@@ -52,7 +53,7 @@ def every_nth(depth: int, n: int, needs_saved: Iterable[int] = ()) -> Schedule:
     depth, n = _check_depth(depth), check_whole(n, "n")
     if n <= 1:
         return none(depth, needs_saved)
-    return _segments(depth, range(n, depth, n), needs_saved, f"every {n}")
+    return _remade(_segments(depth, range(n, depth, n), needs_saved, f"every {n}"), every_nth, depth, n)
 
 
 def sqrt(depth: int, needs_saved: Iterable[int] = ()) -> Schedule:
@@ -91,7 +92,8 @@ def selective(depth: int, checkpoints: Iterable[int], needs_saved: Iterable[int]
     if chosen and chosen[-1] > depth:
         raise ValueError(f"checkpoints: expected layers from 1 to {depth}, got {chosen[-1]}")
     name = f"checkpoints at {', '.join(map(str, chosen))}" if len(chosen) <= 8 else f"{len(chosen)} chosen checkpoints"
-    return _segments(depth, [layer for layer in chosen if layer < depth], needs_saved, name)
+    made = _segments(depth, [layer for layer in chosen if layer < depth], needs_saved, name)
+    return _remade(made, selective, depth, chosen)
 
 
 def offloaded(
@@ -132,7 +134,8 @@ def offloaded(
     checkpoints = range(n, depth, n)
     name = "offload" if n == 1 else f"offload every {n}"
     name += f", the first {most}" if most < len(checkpoints) - 1 else ""
-    return _segments(depth, checkpoints, needs_saved, name, {*checkpoints[:-1][:most]}, to)
+    made = _segments(depth, checkpoints, needs_saved, name, {*checkpoints[:-1][:most]}, to)
+    return _remade(made, offloaded, depth, n, most, to=to)
 
 
 def _segments(
@@ -163,6 +166,12 @@ def _segments(
         actions += [(FORWARD, layer) for layer in range(start + 1, end + 1) if layer not in kept]
         actions += [(BACKWARD, layer) for layer in range(end, start, -1)]
     return Schedule(actions, depth, name, needs_saved, to)
+
+
+def _remade(schedule: Schedule, maker: Callable[..., Schedule], *args: Any, **options: Any) -> Schedule:
+    """The schedule, which knows how it was made: for a model whose layers need what they save, it is made again."""
+    schedule.remake = partial(maker, *args, **options)
+    return schedule
 
 
 def revolve(depth: int, slots: int | None = None, needs_saved: Iterable[int] = ()) -> Schedule:
@@ -207,7 +216,7 @@ def revolve(depth: int, slots: int | None = None, needs_saved: Iterable[int] = (
                 actions.append((DROP, layer - 1))
         checkpoints.add(middle)
         pending += [(first, middle, free), (middle + 1, last, free - 1)]
-    return Schedule(actions, depth, f"revolve {slots}", needs_saved)
+    return _remade(Schedule(actions, depth, f"revolve {slots}", needs_saved), revolve, depth, slots)
 
 
 def _binomial_split(length: int, slots: int) -> int:
@@ -230,7 +239,7 @@ def as_schedule(schedule: ScheduleLike, depth: int, needs_saved: Iterable[int] =
     Args:
         schedule: a `Schedule`, a list of actions, the name of a maker in `MAKERS`, or a function of the depth.
         depth: number of layers L.
-        needs_saved: as for `Schedule`; used where the schedule is made here.
+        needs_saved: as for `Schedule`; one that lacks some of these layers is made again (`Schedule.for_layers`).
 
     Raises:
         ValueError: no schedule has that name, or it is for another depth.
@@ -249,7 +258,7 @@ def as_schedule(schedule: ScheduleLike, depth: int, needs_saved: Iterable[int] =
     if isinstance(schedule, Schedule):
         if schedule.depth != depth:
             raise ValueError(f"the schedule {schedule.name!r} is for {schedule.depth} layers, the network has {depth}")
-        return schedule
+        return schedule.for_layers(frozenset(needs_saved))
     try:
         return Schedule(schedule, depth, needs_saved=needs_saved)
     except TypeError:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 from npnet.backend import Array
 from npnet.checkpoint import backpropagate, clear_gradients
@@ -91,7 +91,7 @@ def add_gradients(
 def _schedule_of(network: Sequential, schedule: ScheduleLike) -> Schedule:
     """The schedule for the network's layers that ``schedule`` stands for (see `npnet.schedules.as_schedule`)."""
     if isinstance(schedule, Schedule):
-        return schedule
+        return schedule.for_layers(needs_saved(network.layers))
     return as_schedule(schedule, len(network.layers), needs_saved(network.layers))
 
 
@@ -110,6 +110,7 @@ def value_and_grad(
     return value, {name: parameter.take_gradient() for name, parameter in model.named_parameters().items()}
 
 
+@overload
 def train_step(
     model: Layer,
     loss: Loss,
@@ -120,8 +121,50 @@ def train_step(
     *,
     clip_norm: float | None = None,
     streaming: bool = True,
+) -> float: ...
+
+
+@overload
+def train_step(
+    model: Layer,
+    loss: Loss,
+    optimizer: Optimizer,
+    x: Array,
+    y: Array,
+    *,
+    schedule: ScheduleLike = "none",
+    clip_norm: float | None = None,
+    streaming: bool = True,
+) -> float: ...
+
+
+def train_step(
+    model: Layer,
+    loss: Loss,
+    optimizer: Optimizer,
+    *batch: Any,
+    schedule: Any = None,
+    x: Any = None,
+    y: Any = None,
+    clip_norm: float | None = None,
+    streaming: bool = True,
 ) -> float:
-    """Forward, backward and update on one batch: `accumulated_step` with a single micro-batch."""
+    """Forward, backward and update on one batch: `accumulated_step` with a single micro-batch.
+
+    Called as train_step(model, loss, optimizer, schedule, x, y), or without the schedule: plain backpropagation.
+    """
+    given = {"schedule": schedule, "x": x, "y": y}
+    free = [name for name, value in given.items() if value is None]
+    if len(batch) > len(free):
+        raise TypeError(
+            f"train_step: expected (model, loss, optimizer, schedule, x, y), got {len(batch) + 3} arguments"
+        )
+    given.update(zip(free[len(free) - len(batch) :], batch, strict=True))
+    schedule, x, y = given.values()
+    for name in ("x", "y"):
+        if given[name] is None:
+            raise TypeError(f"train_step: {name} is missing; call train_step(model, loss, optimizer, x, y)")
+    schedule = "none" if schedule is None else schedule
     return accumulated_step(
         model, loss, optimizer, schedule, [(x, y)], rows_of(x, "x"), clip_norm=clip_norm, streaming=streaming
     )
@@ -247,7 +290,7 @@ def _update(
     """All parameters together: no one is changed before there is memory for all."""
     finite = scaler is None or scaler.unscale(parameters)
     if clip_norm is not None and finite:
-        clip_grad_norm(parameters, clip_norm)
+        clip_grad_norm(parameters, clip_norm, error_if_nonfinite=True)
     if scaler is None:
         optimizer.step(parameters)
     else:

@@ -113,6 +113,7 @@ def loss_calls(kind: type[npnet.Loss]) -> None:
     call(f"{kind.__name__}.value_and_gradient", quiet(kind().value_and_gradient), output=DY, target=Y)
     call(f"{kind.__name__}.__call__", quiet(kind()), output=DY, target=Y)
     call(f"{kind.__name__}.check_targets", quiet(kind().check_targets), targets=Y, features=2)
+    call(f"{kind.__name__}.check_model", quiet(kind().check_model), model=npnet.mlp([2, 3, 2], rng=0))
 
 
 for kind in (npnet.Quadratic, npnet.MeanSquaredError, npnet.SoftmaxCrossEntropy, npnet.BCEWithLogits):
@@ -135,7 +136,7 @@ call("Adam.step", lambda parameters: stepped(npnet.Adam(), parameters), paramete
 call("Optimizer.step", lambda parameters: npnet.Optimizer().step(parameters), NotImplementedError, parameters=[])
 call("Optimizer.held", lambda parameters: npnet.Adam().held(parameters), parameters=with_gradients())
 call("Optimizer.zero_grad", lambda parameters: npnet.SGD(1.0).zero_grad(parameters), parameters=with_gradients())
-call("clip_grad_norm", npnet.clip_grad_norm, parameters=with_gradients(), max_norm=1.0)
+call("clip_grad_norm", npnet.clip_grad_norm, parameters=with_gradients(), max_norm=1.0, error_if_nonfinite=True)
 call(
     "GradScaler",
     lambda **o: npnet.GradScaler(**o).get_scale(),

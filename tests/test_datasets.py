@@ -1,5 +1,6 @@
 """Data sets: found where they should be, whole, ready to train on."""
 
+import gzip
 import hashlib
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import npnet
 from npnet import datasets
 from npnet.datasets import DataError, load_mnist, one_hot, read_mnist, verify_mnist
+from npnet.idx import IDX_FILES
 from tests.small_mnist import equal, random_digits, real_mnist, write
 
 DATA = Path(__file__).parents[1] / "data"
@@ -47,12 +49,17 @@ def test_dtype_is_that_of_all_four_arrays(tmp_path: Path, dtype: Any) -> None:
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The three folders that are searched, in order, all of them this test's own; but for the first, not there yet."""
+    """The folders that are searched, in order, all of them this test's own; but for the first and the current one, not
+    there yet.
+    """
     (tmp_path / "chosen").mkdir()
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
     monkeypatch.setenv("NPNET_DATA", str(tmp_path / "chosen"))
     monkeypatch.setattr(datasets, "__file__", str(tmp_path / "repository" / "npnet" / "datasets.py"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    return [tmp_path / "chosen", tmp_path / "repository" / "data", tmp_path / "xdg" / "npnet"]
+    folders = "chosen", "repository/data", "xdg/npnet", "current", "current/data"
+    return [tmp_path / folder for folder in folders]
 
 
 def test_the_repositorys_folder_is_searched() -> None:
@@ -67,9 +74,9 @@ def test_the_first_place_that_has_it_is_taken(places: list[Path]) -> None:
         file = write(place, random_digits(seed=seed))
         assert datasets.find_mnist() == file
         assert equal(read_mnist(), random_digits(seed=seed))
-    elsewhere = write(places[0].parent / "elsewhere" / "digits.npz", random_digits(seed=3))
+    elsewhere = write(places[0].parent / "elsewhere" / "digits.npz", random_digits(seed=9))
     for path in (elsewhere, str(elsewhere)):  # a file of any name
-        assert equal(read_mnist(path), random_digits(seed=3))
+        assert equal(read_mnist(path), random_digits(seed=9))
     assert equal(read_mnist(places[2]), random_digits(seed=2))  # a folder
 
 
@@ -80,9 +87,38 @@ def test_the_cache_is_in_the_home_folder_unless_xdg_says_otherwise(
     monkeypatch.delenv("NPNET_DATA")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
-    assert datasets.data_folders() == [places[1], tmp_path / "home" / ".cache" / "npnet"]
+    assert datasets.data_folders() == [places[1], tmp_path / "home" / ".cache" / "npnet", *places[3:]]
     monkeypatch.setenv("NPNET_DATA", "")  # is as good as none
-    assert len(datasets.data_folders()) == 2
+    assert len(datasets.data_folders()) == 4
+
+
+def test_the_current_folder_is_searched_for_the_diabetes_data_too(places: list[Path]) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        npnet.load_diabetes()
+    assert all(str(place / "diabetes.csv") in str(error.value) for place in places)
+    content = (DATA / "diabetes.csv").read_bytes()
+    places[4].mkdir()
+    for place in (places[4], places[3]):
+        (place / "diabetes.csv").write_bytes(content)
+        x, _ = npnet.load_diabetes()
+        assert x.shape == (768, 8)
+        (place / "diabetes.csv").unlink()
+
+
+def test_a_folder_is_searched_once(places: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    places[1].mkdir(parents=True)
+    monkeypatch.chdir(places[1].parent)  # the repository
+    assert datasets.data_folders() == [*places[:3], places[1].parent]
+
+
+def test_a_current_folder_that_is_gone_is_passed_over(places: list[Path], tmp_path: Path) -> None:
+    write(places[2], random_digits())
+    places[3].rmdir()
+    try:
+        Path.cwd()
+    except OSError:
+        assert datasets.data_folders() == places[:3]
+    assert datasets.find_mnist() == places[2] / "mnist.npz"
 
 
 @pytest.mark.parametrize("read", [load_mnist, read_mnist, verify_mnist, datasets.find_mnist])
@@ -225,3 +261,101 @@ def test_batches_in_order_are_views() -> None:
 def test_batches_refuse_a_bad_batch_size(size: Any, error: type) -> None:
     with pytest.raises(error, match="batch_size: expected a whole number, at least 1"):
         list(npnet.batches(*numbered(4), size))
+
+
+# The files that MNIST was published in.
+
+
+def write_idx(folder: Path, arrays: dict[str, np.ndarray], end: str = "", dot: str = "-") -> dict[str, Path]:
+    """The four files; ``end`` may be .gz."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, array in arrays.items():
+        file = folder / f"{IDX_FILES[name].replace('-idx', dot + 'idx')}{end}"
+        content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+        file.write_bytes(gzip.compress(content) if end else content)
+        files[name] = file
+    return files
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize("dot", ["-", "."])
+def test_idx_files_are_read_by_their_folder_or_by_any_of_them(tmp_path: Path, end: str, dot: str) -> None:
+    arrays = random_digits()
+    files = write_idx(tmp_path / "raw", arrays, end, dot)
+    for path in (tmp_path / "raw", *files.values()):
+        assert equal(read_mnist(path), arrays)
+    (x, y), (x_test, _) = load_mnist(tmp_path / "raw", "f4")
+    assert np.array_equal(x, load_mnist(write(tmp_path / "npz", arrays), "f4")[0][0])
+    assert (y.argmax(axis=1) == arrays["y_train"]).all()
+    assert x_test.shape == (3, 784)
+    assert read_mnist(tmp_path / "raw")["x_train"].flags.writeable
+
+
+def test_idx_files_are_found_where_mnist_is_searched_after_mnist_npz(places: list[Path]) -> None:
+    write_idx(places[3], random_digits(seed=1), ".gz")
+    assert equal(read_mnist(), random_digits(seed=1))
+    write(places[3], random_digits(seed=2))
+    assert equal(read_mnist(), random_digits(seed=2))
+
+
+def test_the_real_mnist_in_idx_files_is_verified(tmp_path: Path) -> None:
+    files = write_idx(tmp_path, real_mnist())
+    assert verify_mnist(tmp_path) == files["x_train"]
+    content = bytearray(files["y_test"].read_bytes())
+    content[-1] ^= 1
+    files["y_test"].write_bytes(content)
+    with pytest.raises(DataError, match="y_test is not MNIST's"):
+        verify_mnist(tmp_path)
+
+
+def test_an_idx_file_that_lacks_the_others_says_which(tmp_path: Path) -> None:
+    files = write_idx(tmp_path, random_digits())
+    files["y_train"].unlink()
+    files["x_test"].unlink()
+    for path in (tmp_path, files["x_train"], files["y_test"]):
+        with pytest.raises(
+            FileNotFoundError, match=r"no train-labels-idx1-ubyte and no t10k-images-idx3-ubyte in .*files are four"
+        ):
+            load_mnist(path)
+
+
+def replaced(start: int, *values: int) -> Callable[[bytes], bytes]:
+    """Other bytes from ``start`` on."""
+    return lambda content: content[:start] + bytes(values) + content[start + len(values) :]
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("x_train", lambda content: content[:-1], "which is not what there is"),
+        ("x_train", lambda content: content + b"0", "which is not what there is"),
+        ("x_train", lambda content: content[:9], "which is not what there is"),
+        ("y_train", lambda content: b"", "does not begin as an idx file"),
+        ("y_train", replaced(2, 13), "does not begin as an idx file"),  # of floats
+        ("y_train", replaced(3, 0), "does not begin as an idx file"),
+        ("x_train", replaced(4, 255, 255, 255, 255), "claims to hold more than the"),
+        ("x_train", replaced(8, 0, 0, 0, 14, 0, 0, 0, 56), r"not an MNIST file: expected uint8 images .*\(6, 14, 56\)"),
+        ("y_test", replaced(8, 10), r"not an MNIST file: y_test\[0\] is 10"),
+    ],
+)
+def test_idx_files_that_are_damaged_are_named(tmp_path: Path, name: str, spoil: Any, message: str, end: str) -> None:
+    files = write_idx(tmp_path, random_digits(), end)
+    content = files[name].read_bytes()
+    content = spoil(gzip.decompress(content) if end else content)
+    files[name].write_bytes(gzip.compress(content) if end else content)
+    with pytest.raises(DataError, match=message) as error:
+        load_mnist(tmp_path)
+    named = files[name] if "not an MNIST" not in message else files["x_train"]
+    assert str(error.value).startswith(str(named))
+    assert "npnet data fetch" in str(error.value)
+
+
+def test_gzipped_files_that_are_damaged_are_named(tmp_path: Path) -> None:
+    files = write_idx(tmp_path, random_digits(), ".gz")
+    whole = files["x_train"].read_bytes()
+    for content in (whole[:-9], whole[:50], b"\x1f\x8b" + whole[2:20], b"no gzip", replaced(60, 1, 2, 3)(whole)):
+        files["x_train"].write_bytes(content)
+        with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: truncated, damaged or not an idx file"):
+            load_mnist(tmp_path)

@@ -1,6 +1,7 @@
 """Mixed precision: half is what is stored, and loss scaling survives what overflows."""
 
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -278,3 +279,100 @@ def test_a_product_with_the_hessian_goes_through_stored_activations():
     stored = npnet.hessian_vector_product(npnet.mixed_precision(model), npnet.Quadratic(), x, y, vector).product
     for name, product in exact.items():
         np.testing.assert_allclose(stored[name], product, rtol=0, atol=5e-3 * abs(product).max())
+
+
+# A loop of one's own.
+
+
+def by_hand(overflow, recipe, steps=5):
+    """Steps of the recipe that everybody writes, with an overflow at some; weights, scales, and what was remembered."""
+    model, (x, y), optimizer = model_of("dense", depth=3), batch_of(), npnet.Adam(0.01)
+    scaler, parameters, found = GradScaler(2.0**12), model.parameters(), []
+    for number in range(steps):
+        npnet.add_gradients(model, LOSS, x, y, weight=scaler.get_scale())
+        if number in overflow:
+            parameters[1].gradient[0] = overflow[number]
+        recipe(scaler, optimizer, parameters, number in overflow)
+        scaler.update()
+        assert all(parameter.gradient is None for parameter in parameters)
+        found.append((scaler.get_scale(), weights(model)))
+    return found, optimizer.state_dict(model.named_parameters())
+
+
+def clipped(scaler, optimizer, parameters, overflows):
+    finite = scaler.unscale(parameters)
+    before = [parameter.gradient.copy() for parameter in parameters]
+    norm = npnet.clip_grad_norm(parameters, 0.1)
+    assert finite == np.isfinite(norm) == (not overflows)
+    if overflows:  # nothing is scaled
+        assert all(map(partial(np.array_equal, equal_nan=True), before, [each.gradient for each in parameters]))
+    assert scaler.step(optimizer, parameters) == finite
+
+
+def unclipped(scaler, optimizer, parameters, overflows):
+    assert scaler.step(optimizer, parameters) != overflows
+
+
+def layer_by_layer(scaler, optimizer, parameters, overflows):
+    """Unscaled in parts, the overflow in the first; stepped in the other order."""
+    halves = parameters[:2], parameters[2:]
+    for half in halves:
+        scaler.unscale(half)
+    for half in reversed(halves):
+        assert scaler.step(optimizer, half) != overflows
+
+
+def all_then_parts(scaler, optimizer, parameters, overflows):
+    """Unscaled together; stepped in parts, which must not be unscaled again."""
+    scaler.unscale(parameters)
+    for half in (parameters[2:], parameters[:2]):
+        assert scaler.step(optimizer, half) != overflows
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("recipe", [clipped, unclipped, layer_by_layer, all_then_parts])
+def test_an_overflow_in_a_loop_of_ones_own_is_skipped_and_training_goes_on(recipe, value):
+    found, remembered = by_hand({1: value, 3: value}, recipe)
+    good, expected = by_hand({}, recipe, steps=3)
+    assert [scale for scale, _ in found] == [2.0**12, 2.0**11, 2.0**11, 2.0**10, 2.0**10]
+    for number, like in enumerate([0, 0, 1, 1, 2]):  # the steps that were not skipped are those without an overflow
+        assert all(map(partial(np.allclose, rtol=1e-5, atol=1e-7), found[number][1], good[like][1]))
+    assert same(found[1][1], found[0][1])
+    assert same(found[3][1], found[2][1])
+    assert {name: array for name, array in remembered.items() if name.startswith("steps")} == {
+        name: array for name, array in expected.items() if name.startswith("steps")
+    }
+    assert not same(found[4][1], found[3][1])
+
+
+@pytest.mark.parametrize("recipe", [layer_by_layer, all_then_parts])
+def test_gradients_are_unscaled_once_however_they_are_grouped(recipe):
+    expected, found = by_hand({}, unclipped), by_hand({}, recipe)
+    assert all(same(a, b) for (_, a), (_, b) in zip(expected[0], found[0], strict=True))
+
+
+def test_clipping_that_ended_training_would_be_seen(monkeypatch):
+    plain = npnet.clip_grad_norm
+    monkeypatch.setattr(npnet, "clip_grad_norm", partial(plain, error_if_nonfinite=True))
+    with pytest.raises(TrainingDiverged, match="the norm of the gradient is inf"):
+        by_hand({1: np.inf}, clipped)
+
+
+def test_fit_with_a_clipping_norm_still_says_that_a_gradient_is_not_finite():
+    model, (x, y) = model_of("dense", depth=3), batch_of()
+
+    class Bad(npnet.SoftmaxCrossEntropy):
+        def value_and_gradient(self, output, target):
+            value, gradient = super().value_and_gradient(output, target)
+            gradient[0] = np.nan
+            return value, gradient
+
+    before = weights(model)
+    options = {"optimizer": npnet.Adam(), "epochs": 1, "batch_size": 64, "log": False}
+    with pytest.raises(TrainingDiverged, match="the norm of the gradient is nan"):
+        npnet.fit(model, (x, y), loss=Bad(), clip_norm=1.0, **options)
+    assert same(weights(model), before)
+    scaler = GradScaler(2.0**12)  # which takes it for an overflow, and skips
+    npnet.fit(model, (x, y), loss=Bad(), clip_norm=1.0, scaler=scaler, **options)
+    assert same(weights(model), before)
+    assert scaler.skipped_steps == 1

@@ -162,13 +162,16 @@ def test_the_gradient_is_scaled_to_the_norm_and_only_down(max_norm):
 def test_a_norm_that_is_not_finite_is_an_error_and_updates_nothing(value):
     parameters = with_gradients(np.ones(3), np.array([1, value]))
     with pytest.raises(TrainingDiverged, match=r"the norm of the gradient is (nan|inf), training has diverged"):
-        npnet.clip_grad_norm(parameters, 1.0)
+        npnet.clip_grad_norm(parameters, 1.0, error_if_nonfinite=True)
     assert np.array_equal(parameters[0].gradient, np.ones(3))
+    assert np.isinf(npnet.clip_grad_norm(parameters, 1.0)) == np.isinf(value)  # as PyTorch: by itself it is none
+    assert np.array_equal(parameters[0].gradient, np.ones(3))
+    assert np.array_equal(parameters[1].gradient, [1, value], equal_nan=True)
 
 
 def test_a_norm_that_overflows_is_an_error_and_no_warning():
     with pytest.raises(TrainingDiverged):
-        npnet.clip_grad_norm(with_gradients(np.full(3, 1e30, np.float32)), 1.0)
+        npnet.clip_grad_norm(with_gradients(np.full(3, 1e30, np.float32)), 1.0, error_if_nonfinite=True)
 
 
 @pytest.mark.parametrize("max_norm", [-1, np.nan, np.inf, "1", None])

@@ -227,7 +227,9 @@ def seeded(seed: int, job: Callable[[int], list[Any]]) -> list[Any]:
 
 def shared_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps numbered by the process, not by the thread."""
-    monkeypatch.setattr(draws, "_state", types.SimpleNamespace(generator=None, next_step=0, step=None, updates=None, first_row=0))
+    monkeypatch.setattr(
+        draws, "_state", types.SimpleNamespace(generator=None, next_step=0, step=None, updates=None, first_row=0)
+    )
 
 
 def shared_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
