@@ -31,6 +31,7 @@ from npnet.curvature import (
 )
 from npnet.batching import batches
 from npnet.datasets import DataError, load_diabetes, load_mnist, make_linear, one_hot
+from npnet.determinism import LayerRuleError
 from npnet.failures import OutOfMemory
 from npnet.layer import Layer, LayerCost
 from npnet.parameter import Buffer, Parameter
@@ -78,6 +79,7 @@ __all__ = [
     "Layer",
     "LayerCost",
     "LayerNorm",
+    "LayerRuleError",
     "Linear",
     "Loss",
     "MeanSquaredError",

@@ -225,8 +225,15 @@ def _arrays(value: Any) -> Iterator[Array]:
     if isinstance(value, (tuple, list)):
         for each in value:
             yield from _arrays(each)
-    elif hasattr(value, "dtype") and hasattr(value, "ndim") and not isinstance(value, np.generic):
+    elif _is_array(value):
         yield value
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is an array of numbers, of any backend's."""
+    if isinstance(value, np.generic) or not hasattr(type(value), "shape"):
+        return False
+    return getattr(getattr(value, "dtype", None), "kind", "O") in "fiubcV"
 
 
 def _overlap(a: Array, b: Array) -> bool:
@@ -255,5 +262,5 @@ def _note(found: dict[str, Any], name: str, value: Any) -> None:
         found[name] = str(value)
     elif isinstance(value, (float, np.floating)):
         found[name] = repr(float(value)).encode()
-    elif hasattr(value, "dtype") and hasattr(value, "ndim"):
+    elif _is_array(value):
         found[name] = digest(value)

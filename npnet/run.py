@@ -82,11 +82,16 @@ class TrainingRun:
         """The number that the epoch under way will have in the history, from 1."""
         return len(self.history.epochs) + 1
 
+    def mean_loss(self, last: int = 0) -> float:
+        """The mean loss over the samples of this epoch's steps, or of the ``last`` so many steps."""
+        losses = self.losses[-last:]
+        steps = range(len(self.losses) - len(losses), len(self.losses))
+        return statistics.fmean(losses, [min(self.window, self.samples - step * self.window) for step in steps])
+
     def end_epoch(self, accuracy: float | None) -> None:
         """Put this epoch into the history."""
         if self.losses:
-            starts = range(0, len(self.losses) * self.window, self.window)
-            loss = statistics.fmean(self.losses, [min(self.window, self.samples - start) for start in starts])
+            loss = self.mean_loss()
             self.history.epochs.append(Epoch(self.number, len(self.losses), loss, accuracy, self.seconds))
         self.losses, self.seconds = [], 0.0
 

@@ -1,7 +1,6 @@
 """The training loop: epoch by epoch, step by step."""
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -210,7 +209,7 @@ def _train_epoch(recipe: Recipe, run: TrainingRun, step: Step, interrupts: Inter
                     run.losses.append(step(itertools.islice(micro_batches, recipe.accumulation_steps), samples))
                 run.seconds += time.perf_counter() - began
                 if recipe.log:
-                    progress.set_postfix(_readings(run.losses, run.history.accuracy, recipe.show), refresh=False)
+                    progress.set_postfix(_readings(run, run.history.accuracy, recipe.show), refresh=False)
                 progress.update()
                 # several ranks end after the same step, whenever each one's signal came
                 ending = interrupts.pending if ranks.size == 1 else ranks.agreed_signal
@@ -221,7 +220,7 @@ def _train_epoch(recipe: Recipe, run: TrainingRun, step: Step, interrupts: Inter
         if ranks.size > 1:
             weights = [digest(each.value).hex()[:16] for each in model.named_arrays().values()]
             ranks.alike({f"weights after epoch {run.number}": weights})
-        progress.set_postfix(_readings(run.losses, score, recipe.show))
+        progress.set_postfix(_readings(run, score, recipe.show))
     except TrainingDiverged as error:
         raise _located(error, recipe, run.number, min(number + 1, steps)) from None
     finally:
@@ -257,7 +256,7 @@ def _located(error: TrainingDiverged, recipe: Recipe, epoch: int, step: int) -> 
     return TrainingDiverged(f"epoch {epoch}, step {step} of {recipe.steps}: {error}{saved}")
 
 
-def _readings(losses: list[float], score: float | None, show: Mapping[str, str] | None) -> dict[str, str]:
-    """What the progress bar shows: the mean of the last 100 losses, and the last accuracy on the test data."""
+def _readings(run: TrainingRun, score: float | None, show: Mapping[str, str] | None) -> dict[str, str]:
+    """What the progress bar shows: the mean loss of the last 100 steps, and the last accuracy on the test data."""
     accuracy = "-" if score is None else f"{score:.4f}"
-    return {"loss": f"{statistics.fmean(losses[-100:]):.4f}", "test accuracy": accuracy, **(show or {})}
+    return {"loss": f"{run.mean_loss(last=100):.4f}", "test accuracy": accuracy, **(show or {})}

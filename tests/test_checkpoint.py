@@ -1,5 +1,6 @@
 """Checkpointing: whatever the schedule, the same gradients bit for bit, in the memory that the schedule says."""
 
+import pickle
 import weakref
 from collections import Counter
 
@@ -12,7 +13,7 @@ from npnet.checkpoint import NondeterministicLayer, backpropagate
 from npnet.layer import Layer
 from npnet.layers import Dense, Sequential
 from npnet.schedule import BACKWARD, DROP, FORWARD, Schedule
-from npnet.schedules import every_nth, none
+from npnet.schedules import every_nth, none, revolve
 from tests.test_schedules import offloaded, valid_actions
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in dot:RuntimeWarning")  # see test_layers
@@ -188,10 +189,15 @@ def test_every_nth_runs_each_layer_as_often_and_holds_as_much_as_it_should(n, mo
     assert max(len(alive) for *_, alive, _ in watch.log) == most  # checkpoints below, and one segment
 
 
-def test_without_needs_saved_a_layer_whose_output_does_not_suffice_is_refused_by_name():
-    for schedule in (none(4), every_nth(4, 2), every_nth(4, 2, needs_saved=[3])):
-        with pytest.raises(ValueError, match=r"layer 2 \(.*Swish.*\) needs what it saved: .*needs_saved"):
-            gradients(chain(4, swishes=[2]), schedule, batch_of(2))
+def test_a_schedule_made_without_the_model_takes_from_it_which_layers_need_what_they_save():
+    layers, x = chain(4, swishes=[2]), batch_of(2)
+    by_hand = Schedule(every_nth(4, 2), 4)
+    for schedule in (none(4), every_nth(4, 2), every_nth(4, 2, needs_saved=[3]), revolve(4, 2), by_hand):
+        assert equal(gradients(layers, schedule, x), plain(layers, x))
+        assert pickle.loads(pickle.dumps(schedule)) == schedule
+    made = every_nth(4, 2).for_layers(frozenset({2}))
+    assert made == every_nth(4, 2, needs_saved=[2]) != every_nth(4, 2)
+    assert (made.needs_saved, made.name) == ({2}, "every 2")
 
 
 def test_a_sequential_may_be_a_layer_of_the_chain():
