@@ -61,6 +61,7 @@ ORDER = [
         "stand_in",
         "dual",
         "into",
+        "refusal",
         "tracing",
         "replay",
         "capture",
