@@ -49,8 +49,8 @@ def _recorded(frame: FrameType | None) -> Iterator[FrameType]:
 def _in_library(frame: FrameType) -> bool:
     """Whether its code is npnet's, Python's, or that of a package."""
     file = frame.f_code.co_filename
-    npnet = frame.f_globals.get("__name__", "").partition(".")[0] == "npnet"
-    return npnet or file.startswith((_LIBRARY, "<frozen")) or "-packages" in file
+    ours = frame.f_globals.get("__name__", "").partition(".")[0] == "npnet"
+    return ours or file.startswith((_LIBRARY, "<frozen")) or "-packages" in file
 
 
 class Unrecorded:
