@@ -46,10 +46,19 @@ class StandIn:
     def __iadd__(self, other: Any) -> Any:
         return self.xp.add(self, other, out=self)
 
+    def __isub__(self, other: Any) -> Any:
+        return self.xp.subtract(self, other, out=self)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.xp.divide(self, other, out=self)
+
     def __imul__(self, other: Any) -> Any:
         return self.xp.multiply(self, other, out=self)
 
     def __neg__(self) -> Any:
         return self.xp.negative(self)
+
+    def __abs__(self) -> Any:
+        return self.xp.abs(self)
 
     __radd__, __rmul__ = __add__, __mul__

@@ -25,11 +25,9 @@ from npnet import into
 from npnet.backend import Array, Backend, ones, register_array_type, scalar
 from npnet.dual import Ones
 from npnet.random import current_step
+from npnet.refusal import CannotCapture as CannotCapture
+from npnet.refusal import Unrecorded
 from npnet.stand_in import StandIn
-
-
-class CannotCapture(NotImplementedError, AttributeError):
-    """The function does something that cannot be recorded and done again."""
 
 
 class Buffer:
@@ -79,7 +77,7 @@ class Factor:
             array[...] = value
 
 
-class Traced(StandIn):
+class Traced(Unrecorded, StandIn):
     """Stands for an array while a function is recorded: a view of a buffer.
 
     Its ``value`` is a phantom: an array with the right shape and strides over a single number, which is never read.
@@ -131,6 +129,10 @@ class Traced(StandIn):
         return result
 
     def _reduced(self, function: Callable[..., Any], axis: int | None, keepdims: bool) -> "Traced":
+        if not (axis is None or isinstance(axis, int)):
+            raise CannotCapture(
+                f"a sum, mean or maximum over axis={axis!r} cannot be recorded; over one, or all, it can"
+            )
         axes = range(self.ndim) if axis is None else [range(self.ndim)[axis]]
         shape = [1 if number in axes else size for number, size in enumerate(self.shape)]
         if not keepdims:
@@ -157,14 +159,14 @@ class Traced(StandIn):
         return _elementwise(ufunc, *inputs, out=None if out is None else out[0])
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> "Traced":
-        return getattr(MODULE, function.__name__)(*args, **kwargs)
+        call = getattr(MODULE, function.__name__)
+        try:
+            return call(*args, **kwargs)
+        except TypeError as error:  # an option that is not known here
+            raise CannotCapture(f"numpy.{function.__name__} cannot be recorded so ({error})") from None
 
-    def _looked_at(self, *_: Any, **__: Any) -> NoReturn:
-        raise CannotCapture("what decides by the numbers of an array, or takes them away, cannot be recorded")
-
-    __array__ = __bool__ = __float__ = __int__ = __iter__ = __setitem__ = _looked_at
-    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = _looked_at
-    __hash__ = object.__hash__
+    def __matmul__(self, other: Any) -> "Traced":
+        return MODULE.matmul(self, other)
 
 
 class Recording:
@@ -243,8 +245,14 @@ def _operand(x: Any, dtype: np.dtype[Any]) -> Any:
     )
 
 
-def _elementwise(ufunc: np.ufunc, *inputs: Any, out: Traced | None = None) -> Traced:
-    """Record ``ufunc(*inputs, out=out)``."""
+def _elementwise(ufunc: np.ufunc, *inputs: Any, out: Traced | None = None, **options: Any) -> Any:
+    """Record ``ufunc(*inputs, out=out)``; of numbers alone, do it."""
+    if not any(isinstance(x, (Traced, Factor)) for x in inputs) and out is None:
+        return ufunc(*inputs, **options)
+    if ufunc is np.matmul and not options:
+        return MODULE.matmul(inputs[0], inputs[1], out)
+    if options or ufunc.signature or not (out is None or isinstance(out, Traced)):
+        raise CannotCapture(f"numpy.{ufunc.__name__} with options, or into another array, cannot be recorded")
     recording = _recording_of(*inputs)
     kinds = [getattr(x, "dtype", float if isinstance(x, Factor) else type(x)) for x in inputs]
     try:
@@ -273,6 +281,8 @@ class TracingModule:
 
     def ones(self, length: int, dtype: Any) -> Ones:
         """A constant."""
+        if not isinstance(length, int):
+            raise CannotCapture("numpy.ones of more than one axis cannot be recorded")
         return Ones(length, dtype)
 
     def empty_like(self, x: Traced) -> Traced:
@@ -285,7 +295,7 @@ class TracingModule:
         x.recording.call(into.copy, scalar(np, 0.0, x.dtype), result)
         return result
 
-    def dot(self, x: Any, y: Any) -> Traced:
+    def dot(self, x: Any, y: Any, function: Callable[..., Any] = np.dot) -> Traced:
         """A product of matrices or vectors."""
         recording = _recording_of(x, y)
         x, y = (_operand(each, each.dtype) for each in (x, y))
@@ -293,8 +303,14 @@ class TracingModule:
         if x.shape[-1] != y.shape[-2 if y.ndim > 1 else 0]:
             raise ValueError(f"numpy.dot: shapes {x.shape} and {y.shape} do not fit")
         result = recording.empty(x.shape[:-1] + y.shape[:-2] + (y.shape[-1:] if y.ndim > 1 else ()), dtype)
-        recording.call(np.dot, x, y, result)
+        recording.call(function, x, y, result)
         return result
+
+    def matmul(self, x: Any, y: Any, out: Traced | None = None) -> Traced:
+        """What ``@`` does, for matrices and vectors."""
+        if out is not None or max(getattr(each, "ndim", 0) for each in (x, y)) > 2:
+            raise CannotCapture("numpy.matmul of more than matrices, or into an array, cannot be recorded")
+        return self.dot(x, y, np.matmul)
 
     def einsum(self, subscripts: str, x: Any, y: Any) -> Traced:
         """Any product of two."""

@@ -66,6 +66,7 @@ ORDER = [
         "interrupts",
         "dual",
         "into",
+        "refusal",
         "tracing",
         "replay",
         "capture",
