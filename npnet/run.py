@@ -5,10 +5,11 @@ import statistics
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from npnet.attributes import Settings
 from npnet.backend import Array, to_host
 from npnet.blocks import Dropout
 from npnet.checks import check_number, check_whole
@@ -34,10 +35,14 @@ class Epoch:
 
 
 @dataclass
-class History:
+class History(Settings):
     """What happened in training, epoch by epoch. An epoch that was broken off is there, without accuracy."""
 
     epochs: list[Epoch] = field(default_factory=list)
+    _synonyms: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("history", "losses", "loss"), "[each.loss for each in history.epochs]"),
+        "accuracies": "[each.accuracy for each in history.epochs]",
+    }
 
     @property
     def seconds(self) -> float:

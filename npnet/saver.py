@@ -4,10 +4,12 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from npnet.archive import SaveError, check_name, read_archive, write_archive
+from npnet.attributes import Checks, Settings
 from npnet.backend import Array
 from npnet.blocks import Dropout
 from npnet.checks import check_flag, check_whole
@@ -18,7 +20,7 @@ from npnet.run import TrainingRun
 from npnet.savable import as_json, difference, shared_entry
 
 
-class Saver:
+class Saver(Settings):
     """Saves a training run every so many steps, when it is interrupted, and at its end: give it to `npnet.fit`.
 
     A save holds the weights, what the optimizer and the scaler remember, the random streams, the position within the
@@ -41,6 +43,11 @@ class Saver:
         FileNotFoundError: (when the training begins) there is no such folder.
     """
 
+    _checks: ClassVar[Checks] = {
+        "every": partial(check_whole, least=1), "resume": check_flag, "stop_on_error": check_flag
+    }  # fmt: skip
+    _synonyms: ClassVar[Mapping[str, str]] = dict.fromkeys(("interval", "frequency", "save_every"), "every")
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -51,8 +58,7 @@ class Saver:
         about: Mapping[str, Any] | None = None,
     ) -> None:
         check_name(path)
-        self.path, self.every = Path(path), check_whole(every, "every", least=1)
-        self.resume, self.stop_on_error = check_flag(resume, "resume"), check_flag(stop_on_error, "stop_on_error")
+        self.path, self.every, self.resume, self.stop_on_error = Path(path), every, resume, stop_on_error
         self.about = dict(about or {})
         self.last = "nothing was saved yet"
         self._taken = 0  # steps since the last save

@@ -17,6 +17,8 @@ MAKERS = {
     "GradScaler": npnet.GradScaler,
     "SoftmaxCrossEntropy": npnet.SoftmaxCrossEntropy,
     "Quadratic": npnet.Quadratic,
+    "Saver": lambda: npnet.Saver("run.npz"),
+    "History": npnet.History,
 }
 
 
@@ -40,6 +42,10 @@ MAKERS = {
         ("GradScaler", "growth_intervall", r"did you mean growth_interval\?"),
         ("SoftmaxCrossEntropy", "reduction", "a mean over the batch"),
         ("SoftmaxCrossEntropy", "label_smoothing", "use targets that are smoothed"),
+        ("Saver", "interval", "use every$"),
+        ("Saver", "resumed", r"did you mean resume\?"),
+        ("History", "losses", "use .*each.loss for each in history"),
+        ("History", "epoch", r"did you mean epochs\?"),
         ("Quadratic", "sum", "setting it would do nothing"),
     ],
 )
@@ -67,6 +73,7 @@ def test_reading_a_synonym_names_the_right_one_and_nothing_else_is_hidden():
         Broken(0.1).state_names  # noqa: B018
 
 
+NEEDED = {"SGD": {"learning_rate": 0.1}, "Saver": {"path": "run.npz"}}
 BAD = {
     ("SGD", "learning_rate"): [-1, np.nan, "x", None],
     ("SGD", "momentum"): [1, -0.1, "x"],
@@ -77,6 +84,8 @@ BAD = {
     ("GradScaler", "growth_factor"): [0.5],
     ("GradScaler", "backoff_factor"): [1, 0],
     ("GradScaler", "growth_interval"): [0, 1.5],
+    ("Saver", "every"): [0, 1.5, "x"],
+    ("Saver", "resume"): ["yes", 2],
 }
 
 
@@ -88,7 +97,7 @@ def test_a_setting_is_checked_when_it_is_changed_as_in_the_constructor(kind, nam
         with pytest.raises((TypeError, ValueError), match=f"^{name}: expected") as changed:
             setattr(made, name, value)
         with pytest.raises((TypeError, ValueError)) as constructed:
-            build(**{"learning_rate": 0.1, name: value} if kind == "SGD" else {name: value})
+            build(**NEEDED.get(kind, {}) | {name: value})
         assert str(changed.value) == str(constructed.value)
         assert getattr(made, name) == before
 
