@@ -10,7 +10,7 @@ import numpy.typing as npt
 from npnet import random
 from npnet.backend import Array, array_module, backend_of, ones, to_backend
 from npnet.checks import check_float, check_number, check_room, check_whole, shown
-from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, LayerError, Saved, ShapeError
+from npnet.layer import InPlaceLayer, KindError, Layer, LayerCost, LayerError, Saved, ShapeError, both
 from npnet.parameter import Parameter
 from npnet.random import RNG, as_generator, current_step
 
@@ -291,18 +291,26 @@ class Residual(Layer):
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         try:
-            h, kept = self.inner.forward(x)
+            h, kept = both(self.inner, self.inner.forward(x))
         except LayerError as error:
             raise error.within("inner") from None
         self._check(x.shape, h.shape)
         return array_module(x).add(x, h), kept
 
     def backward(self, dy: Array, saved: Saved) -> Array:
-        inner = self.inner.backward(dy, saved)  # which refuses a dy that does not fit: the outputs' shapes are the same
+        try:
+            inner = self.inner.backward(
+                dy, saved
+            )  # which refuses a dy that does not fit: its output has this shape, too
+        except LayerError as error:
+            raise error.within("inner") from None
         return array_module(dy).add(dy, inner)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
-        inner = self.inner.backward_(dy.copy(), saved, needs_dx)
+        try:
+            inner = self.inner.backward_(dy.copy(), saved, needs_dx)
+        except LayerError as error:
+            raise error.within("inner") from None
         if inner is None or not needs_dx:
             return None
         array_module(dy).add(dy, inner, out=dy)

@@ -150,8 +150,8 @@ class CapturedStep:
         if type(self.optimizer)._factors is Optimizer._factors:
             kind = type(self.optimizer).__name__
             raise CannotCapture(f"{kind} has no method _factors, which says what changes from step to step")
-        if examined(self.network, self.network.layers).schedules is not None:  # watched on arrays: stand-ins hide much
-            rehearse(self.network.layers, self.schedule, x)
+        seen = examined(self.network, self.network.layers)
+        seen.check_loss(self.loss, self.network)
         recording, parameters, number = Recording(), self.network.named_parameters(), next_step()
         buffers, new_values = self.network.named_buffers(), dict[Any, Array]()
         clear_gradients(self.network.layers)
@@ -188,6 +188,8 @@ class CapturedStep:
                 backpropagate(self.network.layers, self.schedule, inputs, output_gradient, after_backward=update)
         finally:
             set_next_step(number)  # recording counts as no step
+        if seen.schedules is not None:  # layers are watched on arrays, since stand-ins hide what they change
+            rehearse(self.network.layers, self.schedule, x)
         for buffer, value in new_values.items():  # at the end of the step
             recording.call(into.copy, value, buffer.value)
         self._buffers = [(each, each.value) for each in buffers.values()]

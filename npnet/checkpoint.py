@@ -209,9 +209,9 @@ class Checkpoint(InPlaceLayer):
     def forward(self, x: Array) -> tuple[Array, Saved]:
         try:
             if not self.training:
-                return self.inner.forward(x)
+                return both(self.inner, self.inner.forward(x))
             with one_step() as step:
-                y, _ = self.inner.forward(x)
+                y, _ = both(self.inner, self.inner.forward(x))
         except LayerError as error:
             raise error.within("inner") from None
         return y, _Input(x, step, digest(y) if self.determinism_check or _checking.always else None)
@@ -223,15 +223,18 @@ class Checkpoint(InPlaceLayer):
         return super().backward(dy, saved)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:
-        if not isinstance(saved, _Input):  # of a forward pass in eval
-            return self.inner.backward_(dy, saved, needs_dx)
-        with one_step(saved.step if self.preserve_rng_state else new_step()):
-            y, kept = self.inner.forward(saved.x)
-            if saved.digest is not None and digest(y) != saved.digest:
-                raise NondeterministicLayer(f"{self}: {OTHER_NUMBERS}")
-            self.inner.check_gradient(dy, y)
-            del y
-            return self.inner.backward_(dy, kept, needs_dx)
+        try:
+            if not isinstance(saved, _Input):  # of a forward pass in eval
+                return self.inner.backward_(dy, saved, needs_dx)
+            with one_step(saved.step if self.preserve_rng_state else new_step()):
+                y, kept = self.inner.forward(saved.x)
+                if saved.digest is not None and digest(y) != saved.digest:
+                    raise NondeterministicLayer(f"{self}: {OTHER_NUMBERS}")
+                self.inner.check_gradient(dy, y)
+                del y
+                return self.inner.backward_(dy, kept, needs_dx)
+        except LayerError as error:
+            raise error.within("inner") from None
 
     def cost(self, shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool = True) -> LayerCost:
         try:

@@ -11,10 +11,10 @@ import numpy as np
 from npnet.backend import Array, array_module
 from npnet.chain_costs import HasLayers
 from npnet.checkpoint import backpropagate, clear_gradients
-from npnet.checks import is_finite
+from npnet.checks import check_kind, is_finite
 from npnet.layer import Layer
 from npnet.layer_rules import has_foreign_layers, watched
-from npnet.losses import TrainingDiverged
+from npnet.losses import Loss, TrainingDiverged
 from npnet.memory import format_bytes
 from npnet.optimal import smallest_budget
 from npnet.planner import plan
@@ -65,14 +65,21 @@ def rehearse(
 
 
 class Examined:
-    """What is looked up once about a model: its buffers, and the schedules under which it was watched."""
+    """What is looked up once about a model: its buffers, the schedules under which it was watched, and its losses."""
 
-    __slots__ = ("buffers", "layers", "schedules")
+    __slots__ = ("buffers", "layers", "losses", "schedules")
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = list(layers)
         self.buffers = list(dict.fromkeys(buffer for layer in layers for buffer in layer.buffers()))
         self.schedules: set[Schedule] | None = set() if has_foreign_layers(layers) else None  # None: all
+        self.losses = set[type[Loss]]()
+
+    def check_loss(self, loss: Loss, model: Layer) -> None:
+        """The first time a model is trained with a loss: see `Loss.check_model`."""
+        if type(loss) not in self.losses:
+            check_kind(loss, Loss, "loss", "SoftmaxCrossEntropy()").check_model(model)
+            self.losses.add(type(loss))
 
 
 def watched_first(model: Layer, layers: Sequence[Layer], schedule: Schedule, x: Array) -> AbstractContextManager[None]:

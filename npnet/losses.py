@@ -114,16 +114,16 @@ class Loss(Settings):
         check_rows(targets, features, "targets", labels=True, classes=self._classes)
 
     _classes: ClassVar[bool | None] = None  # targets are classes; or numbers; or either
-    _own_activation: ClassVar[str] = ""  # that is part of the loss
+    _own_activation: ClassVar[type[Layer] | None] = None  # that is part of the loss
 
     def check_model(self, model: Layer) -> None:
-        """Warn of a model whose outputs are squashed by its last activation, if this loss does that itself."""
+        """Warn of a model that ends with the activation which this loss applies itself."""
         last: Any = check_kind(model, Layer, "model", "mlp([784, 30, 10])")
         while isinstance(last, Sequential) or type(last).__module__ in ("npnet.checkpoint", "npnet.precision"):
             last = last.inner if not isinstance(last, Sequential) else last.layers[-1] if last.layers else None
         activation = getattr(last, "activation", last)
-        if self._own_activation and isinstance(activation, (Sigmoid, Softmax)):
-            loss, own = type(self).__name__, self._own_activation
+        if self._own_activation is not None and isinstance(activation, self._own_activation):
+            loss, own = type(self).__name__, self._own_activation.__name__.lower()
             warn_caller(
                 f"the model ends with {activation}, but {loss} applies {own} itself, and learns badly from outputs "
                 f'that are squashed: use "identity" as the last activation; the {own} of its output is a probability'
@@ -199,7 +199,7 @@ class SoftmaxCrossEntropy(_ByFormula):
     """
 
     loss_arrays = 2
-    _classes, _own_activation = True, "softmax"
+    _classes, _own_activation = True, Softmax
 
     def _scale(self, output: Array) -> float:
         return 1.0 / len(output)
@@ -234,7 +234,7 @@ class BCEWithLogits(_ByFormula):
     """
 
     loss_arrays = 2
-    _classes, _own_activation = False, "sigmoid"
+    _classes, _own_activation = False, Sigmoid
 
     def _scale(self, output: Array) -> float:
         return 1.0 / output.size

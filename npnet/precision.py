@@ -29,7 +29,7 @@ from npnet.checks import (
     check_whole,
     shown,
 )
-from npnet.layer import InPlaceLayer, Layer, LayerCost, Saved
+from npnet.layer import InPlaceLayer, Layer, LayerCost, Saved, both
 from npnet.layers import Dense, Sequential
 from npnet.optimizers import Optimizer, check_parameters
 from npnet.parameter import Buffer, Parameter
@@ -95,7 +95,7 @@ class Stored(InPlaceLayer):
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         single = self._up(x)
-        output, kept = self.inner.forward(single)
+        output, kept = both(self.inner, self.inner.forward(single))
         y = output.astype(self.dtype) if self.down else output
         if self.output_suffices:
             return y, (x, y)

@@ -23,8 +23,9 @@ from npnet.checks import (
     check_whole,
 )
 from npnet.determinism import digest
+from npnet.failures import examined
 from npnet.feeding import Feed
-from npnet.layer import Layer, Pair, needs_saved
+from npnet.layer import Layer, Pair, ResultError, needs_saved
 from npnet.layers import Sequential
 from npnet.losses import Loss
 from npnet.memory import parse_bytes
@@ -114,7 +115,7 @@ class Recipe:
         parameters, self.rng = self.model.parameters(), as_generator(self.rng)
         self.feed = Feed(self.transform, backend_of(parameters[0].value) if parameters else get_backend("numpy"))
         self.limit = HardBudget(self.feed.backend, budget, partial(self.optimizer.held, parameters))
-        self.loss.check_model(self.model)
+        examined(self.model, self.model.layers).check_loss(self.loss, self.model)
         with mode(self.model, training=False):
             self.training_data = self._check_data("training data", self.training_data)
             if self.test_data is not None:
@@ -193,6 +194,8 @@ class Recipe:
             output = self.model.predict(rows)
             check_no_nan(y, "y")
             self.loss.check_targets(y, output.shape[1])
+        except ResultError:  # not the data's fault
+            raise
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
         if y.dtype != output.dtype:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, overload
 
-from npnet.backend import Array
+from npnet.backend import Array, array_module
 from npnet.checkpoint import backpropagate, clear_gradients
 from npnet.checks import check_kind, check_number, check_whole, shown
 from npnet.failures import examined, explained, first_not_finite, watched_first
@@ -81,6 +81,7 @@ def add_gradients(
     network = as_chain(model)
     schedule = _schedule_of(network, schedule)
     start = _OutputGradient(loss, y, weight)
+    examined(model, network.layers).check_loss(loss, network)
     with explained(network, schedule, x, loss=loss), watched_first(model, network.layers, schedule, x):
         backpropagate(
             network.layers, schedule, x, start, after_backward=after_backward, determinism_check=determinism_check
@@ -107,7 +108,11 @@ def value_and_grad(
     """
     clear_gradients(as_chain(model).layers)
     value = add_gradients(model, loss, x, y, schedule=schedule, determinism_check=determinism_check)
-    return value, {name: parameter.take_gradient() for name, parameter in model.named_parameters().items()}
+    gradients = {}
+    for name, each in model.named_parameters().items():
+        unused = each.gradient is None  # the loss does not depend on it
+        gradients[name] = array_module(each.value).zeros_like(each.value) if unused else each.take_gradient()
+    return value, gradients
 
 
 @overload
@@ -231,7 +236,9 @@ def accumulated_step(
     at_once = streaming and clip_norm is None and scaler is None
     update = (lambda layer: optimizer.step(layer.parameters())) if at_once else None
     before = None if scaler is None else scaler.state_dict()
-    buffers = [(buffer, buffer.value) for buffer in examined(model, network.layers).buffers]
+    model_facts = examined(model, network.layers)
+    model_facts.check_loss(loss, network)
+    buffers = [(buffer, buffer.value) for buffer in model_facts.buffers]
     if sums is not None:
         sums.start()
     try:

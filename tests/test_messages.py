@@ -189,7 +189,6 @@ def test_one_hot_says_how_names_become_numbers(labels, message):
 SQUASHED = {
     "softmax": (lambda: model(output="softmax"), SoftmaxCrossEntropy, "ends with softmax, but SoftmaxCrossEntropy"),
     "sigmoid": (lambda: model(output="sigmoid"), BCEWithLogits, "ends with sigmoid, but BCEWithLogits applies sigmoid"),
-    "sigmoid before softmax": (lambda: model(output="sigmoid"), SoftmaxCrossEntropy, "ends with sigmoid, but Softmax"),
     "a layer of its own": (lambda: Sequential(Linear(8, 3), Softmax()), SoftmaxCrossEntropy, "ends with softmax"),
     "nested": (
         lambda: Sequential(Linear(8, 4), checkpoint(Sequential(Linear(4, 3), Sigmoid()))),
