@@ -53,6 +53,7 @@ def chain_of(
         NotImplementedError: a layer does not say what it costs.
         TypeError, ValueError: a layer does not fit the one before, or an argument is of another kind.
     """
+    network = chain_in(network)
     layers, features, dtype = input_of(network, features)
     if loss is not None:
         check_kind(loss, Loss, "loss", "npnet.SoftmaxCrossEntropy()")
@@ -121,6 +122,11 @@ def _waiting(layers: Sequence[Layer], costs: Sequence[LayerCost], streaming: boo
     return kept
 
 
+def chain_in(network: HasLayers) -> HasLayers:
+    """What is planned of ``network``: of a lab's network, whose attributes are the student's, the chain inside."""
+    return getattr(network, "_chain", network)
+
+
 def input_of(network: HasLayers, features: int | None = None) -> tuple[Sequence[Layer], int, np.dtype[Any]]:
     """The chain of ``network``, how many features its input has, and its dtype.
 
@@ -128,7 +134,7 @@ def input_of(network: HasLayers, features: int | None = None) -> tuple[Sequence[
         TypeError: not a network.
         ValueError: no layer tells the number of features, and ``features`` does not either.
     """
-    layers = getattr(network, "layers", None)
+    layers = getattr(chain_in(network), "layers", None)
     if not layers or not all(isinstance(layer, Layer) for layer in layers):
         raise TypeError(f"network: expected a Network or a Sequential, got {shown(network)}")
     if features is None:

@@ -7,27 +7,32 @@ features), into `Network.SGD`, `update_mini_batch` and `evaluate`, as columns in
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from npnet import schedules
-from npnet.backend import Array, along_rows, array_module, dot, get_backend, to_backend
+from npnet.backend import (
+    Array,
+    Backend,
+    along_rows,
+    array_module,
+    dot,
+)
 from npnet.checkpoint import Restore, backpropagate, clear_gradients
 from npnet.checks import (
     check_array,
     check_flag,
-    check_float,
     check_list,
     check_no_nan,
     check_number,
     check_one_hot,
     check_pairs,
     check_rows,
-    check_sizes,
     check_whole,
 )
+from npnet.dense_chain import DenseChain, Shown, dense_chain
 from npnet.failures import explained, rehearse
 from npnet.interrupts import Interrupts
 from npnet.layer import Layer, Pair
@@ -44,6 +49,9 @@ from npnet.schedule import Schedule
 class Network(Savable):
     """A chain of dense sigmoid layers with the quadratic cost, trained by stochastic gradient descent.
 
+    A subclass may leave out ``super().__init__`` if its own ``__init__`` sets ``weights`` and ``biases``, as in the
+    exercise; they are then float64. Every method may be replaced: on the class, in a subclass, on one network.
+
     Args:
         sizes: layer sizes, input first, such as [784, 30, 10].
         dtype: of parameters and activations.
@@ -55,8 +63,6 @@ class Network(Savable):
         TypeError, ValueError: ``sizes`` are not at least two positive whole numbers.
     """
 
-    loss_arrays: ClassVar[int] = 2  # cost_derivative's, and its multiple: for `npnet.plan`
-
     def __init__(
         self,
         sizes: Sequence[int],
@@ -65,27 +71,71 @@ class Network(Savable):
         rng: RNG = None,
         backend: str | None = None,
     ) -> None:
-        self.dtype = check_float(dtype)
-        self.backend = get_backend(backend)
         draw = np.random.standard_normal if rng is None else as_generator(rng).standard_normal
-        self.sizes = check_sizes(sizes)
+        self._begin(dense_chain(sizes, dtype, backend, draw))
+        self.sizes = self._chain.sizes.copy()
         self.num_layers = len(self.sizes)  # as the exercise counts: the input is a layer, too
-        biases = [draw(size) for size in self.sizes[1:]]
-        self.layers = [
-            Dense(n, m, "sigmoid", initializer=lambda shape, _: draw(shape), dtype=dtype, backend=self.backend.name)
-            for n, m in zip(self.sizes[:-1], self.sizes[1:], strict=True)
-        ]
-        for layer, bias in zip(self.layers, biases, strict=True):
-            layer.bias.value = to_backend(bias.astype(self.dtype), self.backend.name)
-        self._weights = Lender("weights", [layer.weight for layer in self.layers], self._array)
-        self._biases = Lender("biases", [layer.bias for layer in self.layers], self._array)
-        self._schedule = schedules.none(len(self.layers))
+
+    def _begin(self, chain: DenseChain) -> None:
+        """Take the chain as one's own."""
+        self._chain = chain
+        self._weights = Lender("weights", [layer.weight for layer in chain.layers], self._array)
+        self._biases = Lender("biases", [layer.bias for layer in chain.layers], self._array)
+        self._schedule = schedules.none(len(chain.layers))
         self._restore: Restore | None = None
-        self._limit = HardBudget(self.backend, None, self._counted)
+        self._limit = HardBudget(chain.backend, None, self._counted)
         self._rehearsed: tuple[Schedule | None, int, bool] = None, 0, False  # schedule, largest batch, weights lent
 
+    def _given_first(self, name: str, arrays: Iterable[Array]) -> None:
+        """An ``__init__`` without ``super().__init__`` sets its weights and biases: with both, there is a chain."""
+        given = vars(self).setdefault("_given", {})
+        given[name] = arrays
+        if len(given) < 2:
+            return
+        weights = list(given["weights"])
+        shapes = [np.shape(weight) for weight in weights]
+        if not shapes or any(len(shape) != 2 for shape in shapes):
+            raise ValueError(f"weights: expected a list of (out, in) arrays, got arrays of shapes {shapes}")
+        self._begin(dense_chain([shapes[0][1], *(shape[0] for shape in shapes)], np.float64, None, np.zeros))
+        del self._given
+        self._weights.replace_all(weights)
+        self._biases.replace_all(given["biases"])
+
+    def __getattr__(self, name: str) -> Any:
+        """Called where there is no such attribute."""
+        given = vars(self).get("_given", {})
+        if name in given:  # asked for before the other of the two is set
+            return given[name]
+        if name in ("_chain", "_weights", "_biases", "_schedule", "_limit", "weights", "biases"):
+            raise AttributeError(
+                f"{type(self).__name__} has no weights and biases yet: its __init__ sets both, or calls "
+                "super().__init__(sizes)"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        chain = vars(self).get("_chain")
+        if chain is not None and name in ("layers", "dtype", "backend"):
+            chain.refuse_other(name, value)
+        super().__setattr__(name, value)
+
+    @Shown
+    def layers(self) -> list[Dense]:
+        """The dense layers."""
+        return self._chain.layers
+
+    @Shown
+    def dtype(self) -> np.dtype[Any]:
+        """Of parameters and activations."""
+        return self._chain.dtype
+
+    @Shown
+    def backend(self) -> Backend:
+        """Where its arrays are."""
+        return self._chain.backend
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.sizes})"
+        return f"{type(self).__name__}({self._chain.sizes})"
 
     def __copy__(self) -> "Network":
         """A copy that trains alone, as a copy of the exercise's network does."""
@@ -93,26 +143,34 @@ class Network(Savable):
 
     def named_parameters(self) -> dict[str, Parameter]:
         """All parameters: "0.weight", "0.bias" and so on."""
-        layers = enumerate(self.layers)
+        layers = enumerate(self._chain.layers)
         return {f"{i}.{name}": each for i, layer in layers for name, each in layer.named_parameters().items()}
 
     @property
     def weights(self) -> list[Array]:
         """The weights, a list of (out, in) arrays; see `npnet.lending` for what may be done with them."""
-        return self._weights.lend()
+        given: Any = vars(self).get("_given", {}).get("weights")  # before there is a chain
+        return self._weights.lend() if given is None else given
 
     @weights.setter
     def weights(self, arrays: Iterable[Array]) -> None:
-        self._weights.replace_all(arrays)
+        if "_chain" not in vars(self):
+            self._given_first("weights", arrays)
+        else:
+            self._weights.replace_all(arrays)
 
     @property
     def biases(self) -> list[Array]:
         """The biases, a list of (out, 1) arrays; as `weights`."""
-        return self._biases.lend()
+        given: Any = vars(self).get("_given", {}).get("biases")
+        return self._biases.lend() if given is None else given
 
     @biases.setter
     def biases(self, arrays: Iterable[Array]) -> None:
-        self._biases.replace_all(arrays)
+        if "_chain" not in vars(self):
+            self._given_first("biases", arrays)
+        else:
+            self._biases.replace_all(arrays)
 
     @np.errstate(over="ignore", invalid="ignore")
     def feedforward(self, a: Array) -> Array:
@@ -124,8 +182,8 @@ class Network(Savable):
         Returns:
             Columns, (sizes[-1], samples).
         """
-        a = self._rows(a, self.sizes[0], "a")
-        for layer in self.layers:
+        a = self._rows(a, self._chain.sizes[0], "a")
+        for layer in self._chain.layers:
             a, _ = layer.forward(a)
         return a.T
 
@@ -163,12 +221,12 @@ class Network(Savable):
         Returns:
             (nabla_b, nabla_w): lists in the shapes of `biases` and `weights`.
         """
-        x = self._rows(self._array(x, "x").T, self.sizes[0], "x.T (backprop takes columns)")
-        y = self._rows(self._array(y, "y").T, self.sizes[-1], "y.T (backprop takes columns)")
+        x = self._rows(self._array(x, "x").T, self._chain.sizes[0], "x.T (backprop takes columns)")
+        y = self._rows(self._array(y, "y").T, self._chain.sizes[-1], "y.T (backprop takes columns)")
         check_pairs(x, y, "backprop, transposed: ")
         self._run(x, y, 1.0, None)
         nabla_b, nabla_w = [], []
-        for layer in self.layers:
+        for layer in self._chain.layers:
             nabla_b.append(as_matrix(layer.bias.take_gradient()))
             nabla_w.append(layer.weight.take_gradient())
         return nabla_b, nabla_w
@@ -177,9 +235,9 @@ class Network(Savable):
         """One step of gradient descent on a batch: w <- w - eta/batch * dC/dw.
 
         The step is linear in the gradient at the output, so eta/batch is multiplied in there, once. Each layer is
-        updated as soon as its gradient is known, and the gradient is freed. (A subclass that overrides `backprop` is
-        updated from what that returns.) The first batch is rehearsed, and so is each that is larger, so that memory
-        runs out before anything is updated, if it does.
+        updated as soon as its gradient is known, and the gradient is freed. (Where another `backprop` stands in its
+        place, the update is made from what that returns.) The first batch is rehearsed, and so is each
+        that is larger, so that memory runs out before anything is updated, if it does.
 
         Args:
             mini_batch: (x, y), rows.
@@ -192,7 +250,7 @@ class Network(Savable):
         """
         x, y = self._pairs(mini_batch, "mini_batch: ")
         rate = check_number(eta, "eta") / len(x)
-        if getattr(self.backprop, "__func__", None) is Network.backprop:
+        if getattr(self.backprop, "__func__", None) is _BACKPROP:
             try:
                 self._run(x, y, rate, _descend)
             finally:  # after the step, in which overridden methods may have asked for the lists, too
@@ -214,13 +272,13 @@ class Network(Savable):
             check_finite(dot(flat, flat))
             return derivative * factor
 
-        clear_gradients(self.layers)
+        clear_gradients(self._chain.layers)
         schedule = self._schedule_for(len(x), streaming=after_backward is not None)
-        with explained(self, schedule, x, streaming=after_backward is not None), self._limit:
+        with explained(self._chain, schedule, x, streaming=after_backward is not None), self._limit:
             if after_backward is not None:
                 self._rehearse(schedule, x)
             backpropagate(
-                self.layers, schedule, x, output_gradient, after_backward=after_backward, restore=self._restore
+                self._chain.layers, schedule, x, output_gradient, after_backward=after_backward, restore=self._restore
             )
 
     def _rehearse(self, schedule: Schedule, x: Array) -> None:
@@ -236,12 +294,14 @@ class Network(Savable):
         def prepare(layer: Layer) -> None:
             copies.extend(parameter.value.copy(order="F") for parameter in layer.parameters() if parameter.lent)
 
-        rehearse(self.layers, schedule, x, prepare)
+        rehearse(self._chain.layers, schedule, x, prepare)
         self._rehearsed = schedule, len(x), lent
 
     def _counted(self) -> list[Array]:
         """The arrays that a budget counts before a step: the parameters' but for those lent, which others hold."""
-        return [parameter.value for layer in self.layers for parameter in layer.parameters() if not parameter.lent]
+        return [
+            parameter.value for layer in self._chain.layers for parameter in layer.parameters() if not parameter.lent
+        ]
 
     def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:
         """What a pass computes, holds and recomputes; streaming: layers are updated on the way back."""
@@ -265,7 +325,8 @@ class Network(Savable):
             epochs: passes over the data.
             mini_batch_size: samples a step.
             eta: learning rate.
-            test_data: (x, y) to `evaluate` after each epoch, when ``log`` is set.
+            test_data: (x, y) to `evaluate` after each epoch, when ``log`` is set. Another `evaluate` in its place may
+                take other data.
             log: print a line per epoch (numbered from 0, as in the exercise).
 
         Raises:
@@ -281,7 +342,7 @@ class Network(Savable):
         log = check_flag(log, "log")
         if isinstance(test_data, tuple) and not test_data:
             test_data = None  # as in the exercise
-        if test_data is not None:
+        if test_data is not None and log and getattr(self.evaluate, "__func__", None) is _EVALUATE:
             test_data = self._pairs(test_data, "test_data: ")
             check_no_nan(test_data[0], "test_data: x")
             check_one_hot(test_data[1], "test_data: y")
@@ -300,7 +361,7 @@ class Network(Savable):
                     print(f"Epoch: {epoch}")
 
     def _array(self, array: Any, name: str) -> Array:
-        return check_array(array, self.backend, self.dtype, name)
+        return check_array(array, self._chain.backend, self._chain.dtype, name)
 
     def _rows(self, array: Array, features: int, name: str, labels: bool = False) -> Array:
         array = self._array(array, name)
@@ -314,7 +375,10 @@ class Network(Savable):
             raise TypeError(
                 f"{name}expected a pair (x, y), two arrays with a row for each sample, got a {type(pair).__name__}"
             ) from None
-        x, y = self._rows(x, self.sizes[0], f"{name}x"), self._rows(y, self.sizes[-1], f"{name}y", labels=True)
+        x, y = (
+            self._rows(x, self._chain.sizes[0], f"{name}x"),
+            self._rows(y, self._chain.sizes[-1], f"{name}y", labels=True),
+        )
         check_pairs(x, y, name)
         return x, y
 
@@ -324,3 +388,6 @@ def _descend(layer: Layer) -> None:
     for parameter in layer.parameters():
         weight, gradient = along_rows(parameter.writable(), parameter.take_gradient())
         array_module(weight).subtract(weight, gradient, out=weight)
+
+
+_BACKPROP, _EVALUATE = Network.backprop, Network.evaluate  # npnet's own, whatever is put in their places

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from npnet import schedules
 from npnet.backend import Array
 from npnet.checks import check_list, check_whole
+from npnet.dense_chain import DenseChain, Shown
 from npnet.memory import parse_bytes
 from npnet.network import Network
 from npnet.planner import plan
@@ -43,9 +44,6 @@ class NetworkWithCheckpointing(Network):
         OutOfMemory: (at a batch) memory ran out, or on a GPU the budget.
     """
 
-    plan: Plan | None
-    """The plan for the last batch size, where there is a budget."""
-
     def __init__(
         self,
         sizes: Sequence[int],
@@ -57,20 +55,49 @@ class NetworkWithCheckpointing(Network):
         rng: RNG = None,
         backend: str | None = None,
     ) -> None:
+        self._every = 0
         super().__init__(sizes, dtype=dtype, rng=rng, backend=backend)
         self.checkpoint_every_nth_layer = checkpoint_every_nth_layer
-        self._restore = self._restore_through_lab
         if bool(checkpoint_every_nth_layer) + (schedule is not None) + (memory_budget is not None) > 1:
             raise ValueError("give one of checkpoint_every_nth_layer, schedule and memory_budget, not more")
         if schedule is not None:
-            self._schedule = schedules.as_schedule(schedule, len(self.layers))
+            self._schedule = schedules.as_schedule(schedule, len(self._chain.layers))
         if memory_budget is not None:
             self.memory_budget = memory_budget
 
+    def _begin(self, chain: DenseChain) -> None:
+        super()._begin(chain)
+        self._restore = self._restore_through_lab
+        self.checkpoint_every_nth_layer = vars(self).get("_every", 0)  # an own __init__ may set it before the weights
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "schedule" and (
+            isinstance(value, Schedule) or (isinstance(value, str) and value in schedules.MAKERS)
+        ):
+            self.checkpoint_every_nth_layer = 0
+            self._schedule = schedules.as_schedule(value, len(self._chain.layers))
+            vars(self).pop("schedule", None)
+            return
+        super().__setattr__(name, value)
+
+    @Shown
+    def plan(self) -> Plan | None:
+        """The plan for the last batch size, where there is a budget."""
+        return self._plan
+
+    @Shown
+    def schedule(self) -> Schedule:
+        """What a step computes, holds and recomputes; with a budget, that of the last batch.
+
+        Assigning a `Schedule`, or the name of one, replaces it.
+        """
+        return self._schedule
+
     def config(self) -> dict[str, Any]:
         config = super().config()
-        schedule = config.pop("schedule", None)  # a subclass may take none
-        if schedule is not None and not self._every and self.memory_budget is None:
+        taken = config.pop("schedule", None) is not None  # a subclass may take none
+        schedule = self._schedule
+        if taken and not self._every and self.memory_budget is None:
             config["schedule"] = {
                 "actions": [(kind.value, layer) for kind, layer in schedule],
                 "depth": schedule.depth,
@@ -88,15 +115,11 @@ class NetworkWithCheckpointing(Network):
     @memory_budget.setter
     def memory_budget(self, budget: float | str | None) -> None:
         self._memory_budget = None if budget is None else parse_bytes(budget)
-        self._limit = HardBudget(self.backend, self._memory_budget, self._counted)
-        self.plan, self._plans = None, dict[tuple[int, bool], Plan]()
+        self._limit = HardBudget(self._chain.backend, self._memory_budget, self._counted)
+        self._plan: Plan | None = None
+        self._plans = dict[tuple[int, bool], Plan]()
         if budget is not None:
             self._every = 0
-
-    @property
-    def schedule(self) -> Schedule:
-        """What a step computes, holds and recomputes; with a budget, that of the last batch."""
-        return self._schedule
 
     def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:
         if self.memory_budget is not None:
@@ -104,9 +127,9 @@ class NetworkWithCheckpointing(Network):
             if key not in self._plans:
                 if len(self._plans) == MOST_PLANS:
                     self._plans.clear()
-                self._plans[key] = plan(self, batch_size, memory_budget=self.memory_budget, streaming=streaming)
-            self.plan = self._plans[key]
-            self._schedule = self.plan.schedule
+                self._plans[key] = plan(self._chain, batch_size, memory_budget=self.memory_budget, streaming=streaming)
+            self._plan = current = self._plans[key]
+            self._schedule = current.schedule
         return self._schedule
 
     @property
@@ -117,7 +140,9 @@ class NetworkWithCheckpointing(Network):
     @checkpoint_every_nth_layer.setter
     def checkpoint_every_nth_layer(self, n: int) -> None:
         self._every = check_whole(n, "checkpoint_every_nth_layer")
-        self._schedule = schedules.every_nth(len(self.layers), n)
+        if "_chain" not in vars(self):
+            return
+        self._schedule = schedules.every_nth(len(self._chain.layers), n)
         self.memory_budget = None
 
     def forward_between_checkpoints(self, a: Array, checkpoint_idx_start: int, layer_idx_end: int) -> list[Array]:
@@ -137,9 +162,9 @@ class NetworkWithCheckpointing(Network):
         """
         checkpoint_idx_start = check_whole(checkpoint_idx_start, "checkpoint_idx_start")
         layer_idx_end = check_whole(layer_idx_end, "layer_idx_end")
-        if not checkpoint_idx_start <= len(self.layers) >= layer_idx_end:
+        if not checkpoint_idx_start <= len(self._chain.layers) >= layer_idx_end:
             raise ValueError(
-                f"forward_between_checkpoints: expected layer indices from 0 to {len(self.layers)}, got "
+                f"forward_between_checkpoints: expected layer indices from 0 to {len(self._chain.layers)}, got "
                 f"{checkpoint_idx_start} and {layer_idx_end}"
             )
         a = self._array(a, "a")
@@ -148,7 +173,7 @@ class NetworkWithCheckpointing(Network):
     def _outputs(self, rows: Array, start: int, end: int) -> list[Array]:
         """The outputs of layers[start:end], rows."""
         outputs = []
-        for layer in self.layers[start:end]:
+        for layer in self._chain.layers[start:end]:
             rows, _ = layer.forward(rows)
             outputs.append(rows)
         return outputs
@@ -161,7 +186,7 @@ class NetworkWithCheckpointing(Network):
         return [activation.T for activation in activations[1:]]
 
     def _checked_activations(self, activations: Any, batch: int, first: int, last: int) -> list[Array]:
-        name, sizes = f"forward_between_checkpoints(a, {first - 1}, {last})", self.sizes[first - 1 : last + 1]
+        name, sizes = f"forward_between_checkpoints(a, {first - 1}, {last})", self._chain.sizes[first - 1 : last + 1]
         checked = [self._array(array, name) for array in check_list(activations, len(sizes), name)]
         for array, size in zip(checked, sizes, strict=True):
             if array.shape != (size, batch):

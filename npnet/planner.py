@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npnet import schedules
-from npnet.chain_costs import HasLayers, chain_of
+from npnet.chain_costs import HasLayers, chain_in, chain_of
 from npnet.checks import check_whole, shown
 from npnet.losses import Loss
 from npnet.memory import format_bytes, parse_bytes
@@ -93,7 +93,7 @@ def plan(
     if strategy is None:
         strategy = "none" if budget is None else "optimal"
     candidates, bound = _candidates(network, chain, strategy, budget, every_nth, offload)
-    names = tuple(map(repr, network.layers))
+    names = tuple(map(repr, chain_in(network).layers))
     plans = [Plan(schedule, chain, names, batch_size, budget, bound) for schedule in candidates]
     fitting = [each for each in plans if budget is None or each.peak_bytes <= budget]
     if budget is not None and not fitting:
@@ -120,7 +120,7 @@ def _candidates(
     if kind == "revolve" and budget is not None:
         return list(_revolves(chain)), None
     if kind == "offload":
-        for parameter in (each for layer in network.layers for each in layer.parameters()):
+        for parameter in (each for layer in chain_in(network).layers for each in layer.parameters()):
             check_elsewhere(offload, parameter.value)
         most = [depth] if budget is None else _spread(0, max(depth - 2, 0))
         return [schedules.offloaded(depth, 1, count, chain.needs_saved, offload) for count in most], None
@@ -170,7 +170,7 @@ def tradeoff(
     chain = chain_of(network, batch_size, loss=loss, optimizer=optimizer, streaming=streaming, features=features)
     if chain.depth > MOST_LAYERS:
         raise ValueError(f"tradeoff: {chain.depth} layers are more than the {MOST_LAYERS} that are planned exactly")
-    names = tuple(map(repr, network.layers))
+    names = tuple(map(repr, chain_in(network).layers))
 
     def planned(schedule: Schedule, bound: float | None = None) -> Plan:
         return Plan(schedule, chain, names, batch_size, bound=bound)

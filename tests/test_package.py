@@ -72,6 +72,7 @@ ORDER = [
         "capture",
         "curvature",
         "lending",
+        "dense_chain",
         "network",
         "network_with_checkpointing",
         "storage",
