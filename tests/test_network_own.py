@@ -1,6 +1,7 @@
 """The lab's classes as students extend them: an own ``__init__``, own attributes, own test data."""
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -29,7 +30,7 @@ def own(module: Any, kind: str, order: str = "sbwn") -> Any:
                 elif each == "b":
                     self.biases = [np.random.randn(y, 1) for y in sizes[1:]]
                 elif each == "w":
-                    self.weights = [np.random.randn(y, x) / np.sqrt(x) for x, y in zip(sizes, sizes[1:], strict=False)]
+                    self.weights = [np.random.randn(y, x) / np.sqrt(x) for x, y in itertools.pairwise(sizes)]
                 elif kind == "NetworkWithCheckpointing":
                     self.checkpoint_every_nth_layer = n
 
