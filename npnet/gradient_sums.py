@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npnet.backend import Array, along_rows, array_module, backend_of, to_backend, to_host
+from npnet.backend import Array, along_rows, array_module
 from npnet.chain_costs import buffer_bytes
 from npnet.layer import Layer
 from npnet.layers import Sequential
@@ -160,21 +160,22 @@ class GradientSums:
         """After a step: give the buffers the same values on all ranks, which each changed by its own rows.
 
         Args:
-            buffers: the model's. Floating-point ones become the mean over the ranks, others are rank 0's.
+            buffers: the model's. Floating-point ones become the mean over the ranks, weighted by rows; whole numbers
+                are the last rank's, which has a row of every batch.
             share: of the step's rows that were this rank's.
         """
-        floats = [each for each in buffers if each.value.dtype.kind not in "iub"]
-        if floats:
-            xp = array_module(floats[0].value)
-            flat = xp.concatenate([each.value.ravel().astype(np.float64) for each in floats]) * share
-            self.ranks.wait(self.ranks.start_sum(flat))
-            ends = np.cumsum([each.value.size for each in floats])
-            for each, part in zip(floats, xp.split(flat, ends[:-1].tolist()), strict=True):
-                each.value = part.reshape(each.value.shape).astype(each.value.dtype)
+        if not buffers:
+            return
+        last = float(self.ranks.rank == self.ranks.size - 1)
+        shares = [last if each.value.dtype.kind in "iub" else share for each in buffers]
+        xp, parts = array_module(buffers[0].value), zip(buffers, shares, strict=True)
+        flat = xp.concatenate([each.value.ravel().astype(np.float64) * part for each, part in parts])
+        self.ranks.wait(self.ranks.start_sum(flat))
+        begin = 0
         for each in buffers:
-            if each.value.dtype.kind in "iub":
-                value = self.ranks.broadcast(None if self.ranks.rank else to_host(each.value))
-                each.value = to_backend(value, backend_of(each.value).name)
+            size = each.value.size
+            each.value = flat[begin : begin + size].reshape(each.value.shape).astype(each.value.dtype)
+            begin += size
 
     def failed(self, error: BaseException) -> None:
         """This rank's step has failed: tell the others, if they still listen. (Else `Ranks.guard` ends them.)"""

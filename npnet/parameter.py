@@ -107,7 +107,7 @@ class Buffer:
         nothing: ``function`` is not even called. In a layer that stands in several places of a model the changes follow
         each other. Outside of a step, every forward pass is a step. A step that fails changes nothing. Where several
         ranks share a batch, floating-point values become the mean over the ranks, weighted by rows, and whole numbers
-        rank 0's. With accumulation, each micro-batch changes the value once.
+        the last rank's. With accumulation, each micro-batch changes the value once.
 
         Args:
             function: from an array to one of the same shape; it must not change its argument.

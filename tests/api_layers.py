@@ -94,6 +94,7 @@ call("Loss", npnet.Loss)
 call("Loss.value_and_gradient", lambda x: npnet.Loss().value_and_gradient(x, x), NotImplementedError, x=X)
 call("Optimizer", npnet.Optimizer)
 call("Parameter", npnet.Parameter, value=X)
+call("Buffer", lambda value: npnet.Buffer(value).value, value=X)
 
 
 # Losses.

@@ -39,6 +39,30 @@ def data(dtype: Any = np.float64) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(dtype), np.eye(CLASSES, dtype=dtype)[labels]
 
 
+class Centered(Layer):
+    """y = x - (the running mean of x); counts its steps."""
+
+    def __init__(self, features: int) -> None:
+        self.mean, self.steps = npnet.Buffer(np.zeros(features)), npnet.Buffer(0)
+
+    def forward(self, x: Any) -> Any:
+        self.mean.update(lambda mean: 0.9 * mean + 0.1 * x.mean(axis=0))
+        self.steps.update(lambda steps: steps + 1)
+        return x - self.mean.value, None
+
+    def backward(self, dy: Any, saved: Any) -> Any:
+        return dy * 1
+
+
+def tied() -> Sequential:
+    """One weight in all hidden layers, and layers with state between them."""
+    layers = model().layers
+    for layer in layers[2:-1]:
+        layer.weight = layers[1].weight  # type: ignore[attr-defined]
+    centered = Centered(16)
+    return Sequential(*layers[:2], centered, *layers[2:4], Centered(16), *layers[4:-1], centered, layers[-1])
+
+
 def model(dropout: bool = False, hidden: int = 6, width: int = 16, dtype: Any = np.float64) -> Sequential:
     """Tanh layers, with dropout between them; first weights that are another rank's own."""
     layers: list[Layer] = []
@@ -56,18 +80,20 @@ def trained(
     npnet.set_seed(dropout_seed)
     options = {"optimizer": Adam(1e-2), "loss": SoftmaxCrossEntropy(), "batch_size": BATCH, "rng": 3} | options
     fit(network, options.pop("data", None) or data(), epochs=epochs, log=False, communicator=communicator, **options)
-    return np.concatenate([parameter.value.ravel() for parameter in network.parameters()])
+    return np.concatenate([each.value.ravel() for each in network.named_arrays().values()])
 
 
-CASES: dict[str, tuple[bool, dict[str, Any]]] = {
+CASES: dict[str, tuple[bool | None, dict[str, Any]]] = {
     "plain": (False, {}),
     "checkpointed, dropout": (True, {"schedule": "sqrt"}),
     "accumulated": (True, {"accumulation_steps": 3, "schedule": "sqrt"}),
     "clipped": (True, {"clip_norm": 0.1}),
     "after the backward pass": (False, {"streaming": False, "test_data": data()}),
     "momentum, decay of weights": (False, {"optimizer": SGD(0.1, momentum=0.9, weight_decay=1e-3), "decay": True}),
+    "shared, with state": (None, {}),
+    "shared, with state, checkpointed": (None, {"schedule": "sqrt", "clip_norm": 1.0}),
 }
-"""Whether there is dropout, and what else `npnet.fit` is given. 210 steps each (70 with accumulation)."""
+"""Whether there is dropout (None: the `tied` model), and what else `npnet.fit` is given. 210 steps each (70 with accumulation)."""
 
 
 def equal(folder: Path) -> Any:
@@ -76,7 +102,7 @@ def equal(folder: Path) -> Any:
     for name, (dropout, options) in CASES.items():
         if "optimizer" in options:
             options = options | {"optimizer": type(options["optimizer"])(**options["optimizer"].config())}
-        weights = trained(model(dropout), **options)
+        weights = trained(tied() if dropout is None else model(dropout), **options)
         hashes[name] = hashlib.sha256(weights.tobytes()).hexdigest()
         if RANK == 0:
             np.save(folder / f"{name}.npy", weights)
@@ -102,7 +128,7 @@ def counted(folder: Path) -> Any:
     """How many sums there are, of how many numbers, and how many layers were still to come when each began."""
     sums, passed = [], [0]
     start_sum, add = Ranks.start_sum, GradientSums.add
-    npnet.pricing.MESSAGE_BYTES = 2 * 16 * 17 * 8  # type: ignore[attr-defined] # two layers of 16
+    npnet.chain_costs.MESSAGE_BYTES = 2 * 16 * 17 * 8  # type: ignore[attr-defined] # two layers of 16
 
     def counting(self: Ranks, buffer: np.ndarray) -> Any:
         sums.append([buffer.size, passed[0]])

@@ -26,6 +26,8 @@ CASES = (
     "clipped",
     "after the backward pass",
     "momentum, decay of weights",
+    "shared, with state",
+    "shared, with state, checkpointed",
 )
 
 
