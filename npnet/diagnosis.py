@@ -33,6 +33,30 @@ def kind_of(value: Any) -> str:
     return f"{type(value).__name__}" + (f" of shape {value.shape}" if isinstance(value, np.ndarray) else "")
 
 
+def why_idle(got: Any, like: Any) -> str:
+    """Why ``got`` is the answer of a function that computes nothing, in a sentence; nothing if it computes something.
+
+    Whether it is right is not asked: only that arrays, numbers and lists stand where they do in ``like``, and that none
+    of them is nothing but zeros.
+    """
+    if isinstance(like, (list, tuple)):
+        if not isinstance(got, (list, tuple)):
+            return f"expected {len(like)} things, got {kind_of(got)}"
+        if len(got) < len(like):
+            return f"expected {len(like)} things, got {len(got)}"
+        pairs = zip(got[: len(like)], like, strict=True)
+        inside = (f"None stands in the place of {_a(b)}" if a is None else why_idle(a, b) for a, b in pairs)
+        return next(filter(None, inside), "")
+    number = isinstance(got, (int, float, np.generic)) or (isinstance(got, np.ndarray) and got.ndim == 0)
+    if not (isinstance(got, np.ndarray) if isinstance(like, np.ndarray) else number):
+        return f"expected {_a(like)}, got {kind_of(got)}"
+    return "" if np.any(got) else "all its numbers are 0"
+
+
+def _a(like: Any) -> str:
+    return "an array" if isinstance(like, np.ndarray) else "a list" if isinstance(like, (list, tuple)) else "a number"
+
+
 def _wrong_kind(got: Any, right: Any) -> str:
     if not isinstance(got, (np.ndarray, np.generic)):
         return f"expected an array of shape {right.shape}, got {kind_of(got)}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from npnet.diagnosis import Mistakes, kind_of, same, same_all, told_factor, why_wrong
+from npnet.diagnosis import Mistakes, kind_of, same, same_all, told_factor, why_idle, why_wrong
 from npnet.memory import format_bytes, measure_peak
 
 
@@ -149,6 +149,24 @@ def unchanged(**arrays: Any) -> Iterator[None]:
             raise AssertionError(f"your code changes {name}, which belongs to the caller: compute into a new array")
 
 
+def check_computed(got: Any, like: Any, name: str) -> None:
+    """See to it that something was computed, before its memory, its time or its calls are looked at.
+
+    A function that does nothing takes no memory, and must not get points for that. Whether the numbers are right is not
+    asked, so that a mistake in them costs its points in one cell.
+
+    Args:
+        got: what the function gave; where it gives too little, the gradients it left, in a list or tuple.
+        like: anything of that form: arrays, numbers, lists of these.
+        name: of the function.
+
+    Raises:
+        AssertionError: an array, a number or a list is not there, or all the numbers of one are 0.
+    """
+    reason = why_idle(got, like)
+    _fail_if(reason and f"it computes nothing, so there is nothing to measure: {reason}", name)
+
+
 @contextmanager
 def counting(namespace: dict[str, Any], name: str) -> Iterator[list[tuple[Any, ...]]]:
     """Count calls of a function while this lasts; the list has the arguments of each.
@@ -194,17 +212,24 @@ def check_calls(
     raise AssertionError(f"{name}: {reason}" if name else reason)
 
 
-def check_peak(call: Callable[[], Any], limit: float, what: str, mistakes: Mapping[str, float] | None = None) -> int:
+def check_peak(
+    call: Callable[[], Any], limit: float, what: str, mistakes: Mapping[str, float] | None = None, *, like: Any
+) -> int:
     """Measure the peak of the bytes that a call allocates, and compare it with a limit; returns the peak.
 
     Args:
         what: what is measured: "the peak of backprop".
+        like: anything of the form of what the call gives, as for `check_computed`: who computes nothing takes nothing.
         mistakes: the least peak that each typical mistake leads to; the largest that was reached is named.
 
     Raises:
-        AssertionError: it takes more.
+        AssertionError: it takes more, or computes nothing.
     """
-    peak = measure_peak(call).increase_bytes
+    given: list[Any] = []
+    peak = measure_peak(lambda: given.append(call())).increase_bytes
+    reason = why_idle(given[0], like)
+    if reason:
+        raise AssertionError(f"{what} is that of a function that computes nothing: {reason}")
     if peak > limit:
         reached = [(least, words) for words, least in (mistakes or {}).items() if peak >= least]
         reason = f": {max(reached)[1]}" if reached else ""
@@ -225,6 +250,8 @@ def told(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{name} stopped with {type(error).__name__}: {error}"
+        if "unpack" in str(error):
+            reason += ". More is expected, or less: return as many things as the task asks for, with commas between"
         if isinstance(error, ValueError) and ("matmul" in str(error) or "shapes" in str(error)):
             reason += ". The shapes do not fit: print them, and look for a transpose that is missing or too much"
         raise AssertionError(reason) from error

@@ -15,6 +15,7 @@ import pytest
 
 from notebooks.build import FOLDER, LABS, MOST_OUTPUT, OFFLINE
 from notebooks.grade import BLANK, RIGHT, mistakes_in, students_of
+from notebooks.idle import Cell, cells_of, faults_in, idle_in
 
 pytest.importorskip("nbgrader", reason="needs the extra labs")
 pytest.importorskip("jupytext", reason="needs the extra labs")
@@ -30,6 +31,7 @@ def local(self, address):
 socket.socket.connect = local
 """
 SLOWEST = 30  # seconds a cell
+BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 
 every_lab = pytest.mark.parametrize("lab", LABS)
 every_mistake = pytest.mark.parametrize(
@@ -58,6 +60,8 @@ class Work(NamedTuple):
     """What `notebooks.grade --json` printed."""
     executed: "Future[str]"
     """The seconds of each cell, as a whole, measurements and all."""
+    idle: "Future[str]"
+    """What `notebooks.idle --json` printed, for all labs chosen."""
 
     @property
     def students(self) -> dict[str, Any]:
@@ -69,12 +73,13 @@ def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """For each lab of the tests chosen; two processes at a time, or as many as NPNET_LABS_PROCESSES says."""
     chosen = {item.callspec.params.get("lab") for item in request.session.items if hasattr(item, "callspec")}
     with ThreadPoolExecutor(int(os.environ.get("NPNET_LABS_PROCESSES", "2"))) as pool:
-        works = {}
-        for lab in filter(chosen.__contains__, LABS):
+        works, labs = {}, [lab for lab in LABS if lab in chosen]
+        idle = pool.submit(run, tmp_path_factory.mktemp("idle"), "-m", "notebooks.idle", *labs, "--json")
+        for lab in labs:
             folder = tmp_path_factory.mktemp(lab)
             code = f"from notebooks.build import *\nprint(*execute(source_of({lab!r}), Path({str(folder)!r})))"
             graded = pool.submit(run, folder, "-m", "notebooks.grade", lab, "--json")
-            works[lab] = Work(graded, pool.submit(run, folder, "-c", code))
+            works[lab] = Work(graded, pool.submit(run, folder, "-c", code), idle)
         yield works
 
 
@@ -103,6 +108,65 @@ def test_a_mistake_costs_its_points_and_is_named(work, lab, mistake):
     assert lost == {each.loses for each in made}, results
     assert all(each["score"] in (each["most"], None) for name, each in results.items() if name not in lost)
     assert mistake.says in results[mistake.loses]["says"]
+
+
+@every_lab
+def test_what_does_nothing_costs_its_points_and_is_named(work, lab):
+    assert json.loads(work[lab].idle.result())[lab] == []
+
+
+@every_lab
+def test_every_solution_is_made_to_do_nothing_in_four_ways_at_least(lab):
+    places = re.findall(r"^ *### BEGIN SOLUTION", (FOLDER / "labs" / f"{lab}.py").read_text(encoding="utf-8"), re.M)
+    planted = [each.name.split(": ")[0] for each in idle_in(cells_of(lab))]
+    without_answer = {"LossScaler.update"}  # it has an effect, and nothing to return
+    assert len(set(planted)) == len(places)
+    assert all(planted.count(place) >= 4 for place in set(planted) - without_answer)
+
+
+PEAK = "labs.check_peak(lambda: total(x), 1e9, 'the peak of total', like=1.0)"
+
+
+@pytest.mark.parametrize(
+    ("test", "found"),
+    [
+        ("labs.check_array(total(x), x.sum(), 'total')", []),
+        (PEAK, []),
+        ("npnet.measure_peak(total, x)", ["gives points to total: "] * 4),
+        ("assert total(x) is not None, 'return it'", ["to total: return 0.0", "to total: return x", "to total: zeros"]),
+        ("total(x) + 0", ["does not say in words what is wrong with total: pass"]),
+        ("labs.check_number(total(x), 6.0, 'total'); later", ["no points, though what it tests is right"]),
+        ("pass", ["total: pass: no cell of tests uses it", "test_total: it uses no solution"]),
+    ],
+)
+def test_a_cell_that_gives_points_to_what_does_nothing_is_found(test, found):
+    cells = [
+        Cell("setup", "import npnet, numpy as np\nfrom npnet import labs\nx = np.arange(4.0)", False, False),
+        Cell("total", f"def total(x):\n    {BEGIN}\n    return x.sum()\n    {END}\n", True, False),
+        Cell("test_total", test, False, True),
+    ]
+    said = faults_in(cells)
+    assert bool(said) == bool(found)
+    assert all(any(words in each for each in said) for words in found), said
+
+
+def test_where_students_are_given_a_return_nothing_and_none_are_two_answers():
+    given = f"def f(x):\n    {BEGIN}\n    y = 2 * x\n    {END}\n    return y, x\n"
+    answers = [each.name for each in idle_in([Cell("f", given, True, False)])]
+    assert answers == ["f: pass", "f: return None", "f: return 0.0", "f: return x", "f: return x, x", "f: zeros"]
+
+
+def test_a_task_that_costs_the_points_of_another_is_found():
+    cells = [
+        Cell("f", f"def f():\n    {BEGIN}\n    return 1\n    {END}\n", True, False),
+        Cell("test_f", "assert f() == 1, 'return 1'", False, True),
+        Cell("g", f"def g():\n    {BEGIN}\n    return 1 + f()\n    {END}\n", True, False),
+        Cell("test_g", "assert g() == 2, 'return 2'", False, True),
+    ]
+    assert any("test_g gives no points, though what it tests is right (f: " in each for each in faults_in(cells))
+    right = "f = lambda: 1\n"
+    cells[-1] = cells[-1]._replace(source=right + cells[-1].source)
+    assert not faults_in(cells)
 
 
 @every_lab

@@ -164,11 +164,43 @@ def test_calls_are_counted():
 
 
 def test_peaks_are_compared():
-    assert 8e5 <= labs.check_peak(lambda: np.ones(100_000), 9e5, "the peak of f") < 9e5
+    like = np.ones(1)
+    assert 8e5 <= labs.check_peak(lambda: np.ones(100_000), 9e5, "the peak of f", like=like) < 9e5
     mistakes = {"a little": 1e5, "all of it": 7e5, "more": 1e7}
-    said = message(labs.check_peak, lambda: np.ones(100_000), 1e5, "the peak of f", mistakes)
+    said = message(labs.check_peak, lambda: np.ones(100_000), 1e5, "the peak of f", mistakes, like=like)
     assert said.startswith("the peak of f is 800 kB, 100 kB suffice: all of it")
-    assert message(labs.check_peak, lambda: np.ones(100_000), 1e5, "it").endswith("suffice")
+    assert message(labs.check_peak, lambda: np.ones(100_000), 1e5, "it", like=like).endswith("suffice")
+
+
+@pytest.mark.parametrize(
+    ("got", "words"),
+    [
+        (None, "expected 2 things, got None (is there a `return`?)"),
+        (0.0, "expected 2 things, got float"),
+        (A, "expected 2 things, got ndarray of shape (3, 3)"),
+        ((A, A), "expected 2 things, got ndarray of shape (3, 3)"),
+        ((0.7,), "expected 2 things, got 1"),
+        (([A, B], A), "expected a number, got ndarray of shape (3, 3)"),
+        (([A, None], 0.7), "None stands in the place of an array"),
+        (([], 0.7), "expected 2 things, got 0"),
+        (([A, 0.0], 0.7), "expected an array, got float"),
+        (([A, 0 * A], 0.7), "all its numbers are 0"),
+        (([A, B], 0.0), "all its numbers are 0"),
+        (([A, B], np.float32(0)), "all its numbers are 0"),
+    ],
+)
+def test_what_computes_nothing_is_not_measured(got, words):
+    like = ([A, B], 1.0)
+    assert words in message(labs.check_computed, got, like, "f")
+    said = message(labs.check_peak, lambda: got, 1e9, "the peak of f", like=like)
+    assert said.startswith("the peak of f is that of a function that computes nothing: ")
+    assert said.endswith(words)
+
+
+def test_what_is_computed_may_be_wrong():
+    for got in (([A, B], 1.0), ([B.T, -A], 64), [(WIDE, A, C), np.float32(3)]):
+        labs.check_computed(got, ([A, B], 1.0), "f")
+    labs.check_computed((A, []), (B, []), "f")
 
 
 def test_errors_are_told_in_a_sentence():
@@ -179,6 +211,8 @@ def test_errors_are_told_in_a_sentence():
     said = message(stop)
     assert said.startswith("f stopped with ValueError: matmul")
     assert "transpose" in said
+    with pytest.raises(AssertionError, match="return as many things as the task asks for"), labs.told("f"):
+        _, _ = iter([A])
     with pytest.raises(NotImplementedError), labs.told("f"):
         raise NotImplementedError
     with pytest.raises(AssertionError, match=r"^mine$"), labs.told("f"):

@@ -495,9 +495,10 @@ print("gradients: those of plain backpropagation, bit for bit")
 
 # %% nbgrader={"grade_id": "test_forwards", "grade": true, "points": 2}
 def check_forwards(depth, n):
-    _, checkpointed, x, y = two_networks([4] * (depth + 1), n, batch=2)
+    plain, checkpointed, x, y = two_networks([4] * (depth + 1), n, batch=2)
     with labs.told("backprop"), labs.counting(globals(), "layer_forward") as calls:
-        checkpointed.backprop(x, y)
+        answer = checkpointed.backprop(x, y)
+    labs.check_computed(answer, (plain.biases, plain.weights), "backprop")
     enough = schedules.every_nth(depth, n).extra_forwards
     segments, last = (depth - 1) // n, depth - (depth - 1) // n * n
     mistakes = {
@@ -525,7 +526,7 @@ print(
 
 # %% nbgrader={"grade_id": "test_peak", "grade": true, "points": 2}
 def check_peak(depth, n, batch=400, width=30):
-    _, checkpointed, x, y = two_networks([width] * (depth + 1), n, batch)
+    plain, checkpointed, x, y = two_networks([width] * (depth + 1), n, batch)
     one = x.nbytes  # every activation takes as much
     gradients = depth * (width * width + width) * 8
     segments = (depth - 1) // n
@@ -537,7 +538,13 @@ def check_peak(depth, n, batch=400, width=30):
     mistakes = {more: limit, words: 0.8 * depth * one + gradients}
     call = f"the peak of backprop with {depth} layers, a checkpoint every {n},"
     with labs.told("backprop"):
-        labs.check_peak(lambda: checkpointed.backprop(x, y), limit, call, mistakes)
+        labs.check_peak(
+            lambda: checkpointed.backprop(x, y),
+            limit,
+            call,
+            mistakes,
+            like=(plain.biases, plain.weights),
+        )
 
 
 check_peak(50, 7)

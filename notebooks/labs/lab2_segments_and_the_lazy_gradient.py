@@ -173,6 +173,7 @@ def check_forward_only(depth, width=40, batch=400):
         limit,
         f"the peak of forward_chain(..., keep=False) with {depth} layers",
         {"all activations are alive at once: who refers to them?": 0.9 * depth * x.nbytes},
+        like=(x, []),
     )
 
 
@@ -345,14 +346,20 @@ def check_lazy_memory(depth_before, depth_after, width=40, batch=400):
         layer.weight.gradient = layer.bias.gradient = None
     depth, parameters = depth_before + depth_after, width * width + width
     gradients = 8 * depth * parameters
+
+    def value_and_gradients():
+        value = lazy_gradient(before, after, loss, x, y)
+        return value, [layer.weight.gradient for layer in before + after]
+
     labs.check_peak(
-        lambda: lazy_gradient(before, after, loss, x, y),
+        value_and_gradients,
         (max(depth_before, depth_after) + 8) * x.nbytes + gradients,
         f"the peak of {name}",
         {
             "the activations of both halves are alive at once. Is `before` first run with keep=False, and "
             "run again only when the tape of `after` is used up?": depth * x.nbytes
         },
+        like=(1.0, [layer.weight.value for layer in before + after]),
     )
 
 
@@ -498,6 +505,10 @@ def check_split(depth, segments):
     with labs.told(call):
         got = split(list(layers), segments)
     assert isinstance(got, list), f"{call}: expected a list of lists, got {type(got).__name__}"
+    for part in got:
+        assert isinstance(part, list), (
+            f"{call}: expected a list of lists, got a list with {part} in it"
+        )
     lengths = [len(part) for part in got]
     flat = [id(layer) for part in got for layer in part]
     left_out = depth - len(set(flat))
@@ -622,7 +633,8 @@ def check_sequential_costs(depth, segments, width=40, batch=400):
     forwards = len(calls)
     labs.check_calls(forwards, depth, "forwards", name=f"{call}: checkpoint_sequential")
     with labs.told("backward_sequential"):
-        backward_sequential(kept, np.ones_like(y))
+        dx = backward_sequential(kept, np.ones_like(y))
+    labs.check_computed([y, dx], [x, x], f"{call}: output and gradient at x")
     last = depth - depth // segments * (segments - 1)
     enough = depth - last
     mistakes = {"you recompute the last segment, too; it can be kept from the forward pass": depth}
@@ -650,6 +662,7 @@ def check_sequential_costs(depth, segments, width=40, batch=400):
                 0.9 * depth * x.nbytes + gradients
             ),
         },
+        like=x,
     )
 
 

@@ -344,9 +344,10 @@ def check_costs(parts, layers=5, width=40, batch=400):
     with labs.told("Checkpoint"):
         y, saved = counted.forward(x)
         labs.check_calls(len(calls), 1, "runs of inner", name="Checkpoint.forward")
-        counted.backward(np.ones_like(y), saved)
+        dx = counted.backward(np.ones_like(y), saved)
     mistakes = {"inner is not run again: you keep what it saved": 1}
     labs.check_calls(len(calls), 2, "runs of inner", mistakes, name="Checkpoint")
+    labs.check_computed([y, dx], [x, x], "Checkpoint: output and gradient at the input")
     blocks = [npnet.Sequential(*(dense(width, width) for _ in range(layers))) for _ in range(parts)]
     model = npnet.Sequential(*(Checkpoint(block) for block in blocks))
 
@@ -364,6 +365,7 @@ def check_costs(parts, layers=5, width=40, batch=400):
                 0.9 * parts * layers * x.nbytes + gradients
             )
         },
+        like=x,
     )
 
 
@@ -665,12 +667,17 @@ print("PreservingCheckpoint: the second run draws what the first one drew")
 
 # %% nbgrader={"grade_id": "test_stream", "grade": true, "points": 2}
 def check_stream(parts):
-    model, x = npnet.Sequential(*(checkpoint(Noting()) for _ in range(parts))), np.ones((2, 2))
+    noting, x = [Noting() for _ in range(parts)], np.ones((2, 2))
+    model = npnet.Sequential(*map(checkpoint, noting))
     seed(15)
     with labs.told("PreservingCheckpoint"):
         y, saved = model.forward(x)
-        model.backward(np.ones_like(y), saved)
+        dx = model.backward(np.ones_like(y), saved)
     got = STREAM.random(3)
+    labs.check_computed([y, dx], [x, x], "PreservingCheckpoint: output and gradient at the input")
+    runs = sum(len(each.noted) for each in noting)
+    words = {"backward does not run inner again, so that the stream stands still": parts}
+    labs.check_calls(runs, 2 * parts, "runs of inner", words, name="PreservingCheckpoint")
     seed(15)
     numbers = [STREAM.random(3) for _ in range(2 * parts + 1)]
     words = "the stream stands elsewhere than before it"

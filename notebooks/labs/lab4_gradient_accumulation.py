@@ -307,9 +307,14 @@ def peak_of_window(model, x, y, sizes):
         parameter.gradient = None
 
     def window():
-        accumulate(model, npnet.SoftmaxCrossEntropy(), iter(parts), len(x))
+        loss.append(accumulate(model, npnet.SoftmaxCrossEntropy(), iter(parts), len(x)))
 
-    return measure_peak(window).increase_bytes
+    loss = []
+    peak = measure_peak(window).increase_bytes
+    got = [loss[0], [parameter.gradient for parameter in model.parameters()]]
+    like = [1.0, [parameter.value for parameter in model.parameters()]]
+    labs.check_computed(got, like, "accumulate: the loss and the gradients")
+    return peak
 
 
 def check_accumulate_peak(depth, rows, count, width=32):

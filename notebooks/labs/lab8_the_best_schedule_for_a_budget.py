@@ -218,7 +218,7 @@ def checked(moves, depth, name):
     """The schedule; an AssertionError says which move is wrong, and why."""
     try:
         return schedule_of(moves, depth)
-    except InvalidSchedule as error:
+    except (InvalidSchedule, TypeError) as error:
         raise AssertionError(f"{name}: {error} (moves are counted from 0)") from None
 
 
