@@ -113,6 +113,9 @@ class LayerNorm(Layer):
     def __repr__(self) -> str:
         return f"LayerNorm({self.features})"
 
+    def parameters(self) -> list[Parameter]:
+        return [self.weight, self.bias]
+
     def forward(self, x: Array) -> tuple[Array, Saved]:
         xp, weight, n = array_module(x), self.weight.value, self.features  # which refuses what is no array
         self._check(x.shape)

@@ -133,9 +133,7 @@ def _run(
             for number in range(first, last + 1):
                 try:
                     result = layers[number - 1].forward(output)
-                    if type(result) is not tuple or len(result) != 2:
-                        both(layers[number - 1], result)
-                    output, kept = result
+                    output, kept = result if type(result) is tuple else both(layers[number - 1], result)
                 except LayerError as error:
                     raise error.within(str(number - 1)) from None
                 except ValueError as error:

@@ -156,10 +156,15 @@ class Layer(Savable):
         """The layers inside this one, by name: its attributes that are layers, or lists or dictionaries of layers."""
         return {name: part for name, part in self._parts() if isinstance(part, Layer)}
 
-    def _parts(self) -> "Iterator[tuple[str, Layer | Parameter | Buffer]]":
+    def _parts(self) -> "list[tuple[str, Layer | Parameter | Buffer]]":
         """All layers, parameters and buffers among the attributes, and in lists, tuples and dictionaries there."""
+        parts = []
         for name, value in vars(self).items():
-            yield from _parts_of(value, name)
+            if isinstance(value, (Layer, Parameter, Buffer)):
+                parts.append((name, value))
+            elif isinstance(value, (list, tuple, dict)):
+                parts += _parts_of(value, name)
+        return parts
 
     def places(self, prefix: str = "") -> Iterator[tuple[str, Parameter | Buffer]]:
         """The paths of all parameters and buffers, in a fixed order; a shared one is there once for each place."""

@@ -70,17 +70,15 @@ class Dense(InPlaceLayer):
     def forward(self, x: Array) -> tuple[Array, Saved]:
         xp, weight, bias = array_module(x), self.weight.value, self.bias.value
         try:
-            dtype = weight.dtype  # equal dtypes are nearly always one object: the quick look is enough
-            usual = x.dtype is dtype is bias.dtype and x.ndim == 2 and bias.shape == (self.out_features,)
-            problem = None if usual else self._input_error(x)
-            if problem is not None:
-                raise problem
+            usual = x.dtype is weight.dtype is bias.dtype and x.ndim == 2 and bias.shape == (self.out_features,)
+            if not usual and (error := self._input_error(x)) is not None:  # equal dtypes need not be one object
+                raise error
             y = xp.dot(x, weight.T)  # (batch, out)
             self.activation.forward_(y, bias)
         except LayerError:
             raise
-        except (AttributeError, TypeError, ValueError) as error:
-            raise (self._input_error(x) or error) from None
+        except (AttributeError, TypeError, ValueError) as refused:
+            raise (self._input_error(x) or refused) from None
         return y, (x, y)
 
     def backward_(self, dy: Array, saved: Saved, needs_dx: bool = True) -> Array | None:

@@ -33,10 +33,11 @@ def completed_after(layers: Sequence[Layer]) -> list[list[Layer]] | None:
     That is the layer itself, unless one of its parameters stands in a layer below, too: then it waits for the lowest.
     None if no two layers share a parameter.
     """
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    if len(set(parameters)) == len(parameters):
+        return None
     given = [layer.parameters() for layer in layers]
     lowest = {parameter: number for number in reversed(range(len(given))) for parameter in given[number]}
-    if len(lowest) == sum(map(len, given)):
-        return None
     completed: list[list[Layer]] = [[] for _ in layers]
     for number in reversed(range(len(layers))):
         last = min((lowest[parameter] for parameter in given[number]), default=number)

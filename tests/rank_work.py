@@ -93,7 +93,10 @@ CASES: dict[str, tuple[bool | None, dict[str, Any]]] = {
     "shared, with state": (None, {}),
     "shared, with state, checkpointed": (None, {"schedule": "sqrt", "clip_norm": 1.0}),
 }
-"""Whether there is dropout (None: the `tied` model), and what else `npnet.fit` is given. 210 steps each (70 with accumulation)."""
+"""Whether there is dropout (None: the `tied` model), and what else `npnet.fit` is given.
+
+210 steps each (70 with accumulation).
+"""
 
 
 def equal(folder: Path) -> Any:

@@ -424,6 +424,12 @@ def test_layers_in_lists_tuples_and_dictionaries_are_found_trained_and_saved(tmp
     assert np.array_equal(loaded.predict(X), model.predict(X))
 
 
+def test_what_only_attributes_hold_would_miss_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the parameters that a look at plain attributes finds."""
+    monkeypatch.setattr(npnet.layer, "_parts_of", lambda value, path: ())
+    assert list(Sequential(Parts()).named_parameters()) == []
+
+
 @pytest.mark.parametrize("schedule", ["none", "sqrt"])
 def test_gradients_of_found_parts_are_central_differences(schedule: str) -> None:
     model = Sequential(Parts()).eval()
