@@ -75,6 +75,9 @@ class Examined:
         self.schedules: set[Schedule] | None = set() if has_foreign_layers(layers) else None  # None: all
         self.losses = set[type[Loss]]()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Examined, ([],)  # a copy of the model is looked at anew
+
     def check_loss(self, loss: Loss, model: Layer) -> None:
         """The first time a model is trained with a loss: see `Loss.check_model`."""
         if type(loss) not in self.losses:

@@ -66,8 +66,9 @@ def fit(
     ``saver``.
 
     Args:
-        training_data, test_data: (x, y), rows; accuracy on the test data is measured after each epoch. With the model
-            on a GPU they may stay on the host: each batch is then copied while the step before it computes.
+        training_data, test_data: (x, y), rows: arrays, or tables such as pandas' that hold numbers. Accuracy on the
+            test data is measured after each epoch. With the model on a GPU they may stay on the host: each batch is
+            then copied while the step before it computes.
         batch_size: samples that run at a time; the last batch of an epoch takes what is left.
         schedule: what to keep and what to recompute; see `npnet.schedules.as_schedule`.
         memory_budget: instead, bytes or "20 MB": the most that a training step may take. The cheapest schedule for it
@@ -75,8 +76,8 @@ def fit(
             takes more, since a layer says less than it costs, say, runs out of memory.
         offload: "disk" (a temporary file), or from a GPU "host": activations go there and come back, and nothing is
             run again; with a ``memory_budget`` as few as it allows (see `npnet.offload`).
-        transform: what becomes of the rows of x, batch by batch: data may stay as they are stored, as bytes, say (see
-            `npnet.datasets.scaled`).
+        transform: what becomes of the rows of x, batch by batch: data may stay as they are stored, as bytes, say, and
+            images in their own shape (see `npnet.datasets.scaled`).
         rng: seed or generator of the shuffling. (Dropout's masks depend on the number of the step, too, which goes on
             from training to training: `npnet.set_seed` starts anew.)
         shuffle: False takes the samples in order.
@@ -108,6 +109,8 @@ def fit(
         RankFailed: another rank failed, where all take part in what failed. Elsewhere the one that fails says so, and
             ends them all.
         InfeasibleBudget: no schedule keeps to the budget.
+        LayerRuleError: a layer of your own would make gradients wrong (see `npnet.layer_rules`); found in the first
+            step, with the layer's path.
         CannotCapture: with ``capture``, the step does something that cannot be recorded; nothing was updated.
         TrainingDiverged: the loss is not finite, with the epoch, the step, the layer, and the last good save.
         OutOfMemory: memory ran out in a step, with what would take less.

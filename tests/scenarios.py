@@ -172,6 +172,46 @@ def blocks(backend: str, half: bool) -> list[Any]:
     return [*values, model.eval().predict(x), *(parameter.value for parameter in model.parameters())]
 
 
+class Center(npnet.Layer):
+    """A layer of one's own with state: y = x - (the running mean of x)."""
+
+    def __init__(self, features: int, backend: str) -> None:
+        self.mean = npnet.Buffer(npnet.to_backend(np.zeros(features, np.float32), backend))
+        self.steps = npnet.Buffer(0)
+
+    def forward(self, x: Any) -> Any:
+        if self.training:
+            self.mean.update(lambda mean: mean * np.float32(0.9) + x.mean(axis=0) * np.float32(0.1))
+            self.steps.update(lambda steps: steps + 1)
+        return x - self.mean.value, None
+
+    def backward(self, dy: Any, saved: Any) -> Any:
+        return dy.copy()
+
+
+def own(backend: str) -> list[Any]:
+    """Layers with state, and one layer in two places, trained, saved as a state, and put back."""
+    shared = npnet.Linear(4, 4, rng=1, backend=backend)
+    model = npnet.Sequential(
+        npnet.Linear(5, 4, rng=0, backend=backend),
+        Center(4, backend),
+        shared,
+        checkpoint(Center(4, backend)),
+        shared,
+        npnet.Dense(4, 3, "tanh", rng=3, backend=backend),
+    )
+    x, y = batch(backend, dtype=np.float32)
+    loss, optimizer = npnet.MeanSquaredError(), npnet.Adam(0.1)
+    values = [npnet.train_step(model, loss, optimizer, x, y, schedule="sqrt") for _ in range(3)]
+    state = model.state_dict()
+    assert all(type(each) is np.ndarray for each in state.values())
+    npnet.train_step(model, loss, optimizer, x, y)
+    model.load_state_dict(state)
+    assert int(npnet.to_host(model.named_buffers()["1.steps"].value)) == 3
+    arrays = [each.value for name, each in model.named_arrays().items() if not name.endswith("steps")]
+    return [*values, model.predict(x), *arrays]
+
+
 def curvature(backend: str) -> list[Any]:
     model = npnet.mlp([5, 4, 3], "tanh", rng=0, dtype=np.float64, backend=backend)
     model.layers.insert(1, npnet.LayerNorm(4, dtype=np.float64, backend=backend))
@@ -215,6 +255,7 @@ OTHERS: dict[str, Callable[[str], list[Any]]] = {
     **{f.__name__: f for f in (finite_differences, predictions, gradients, sgd, subclass, layers_alone)},
     "blocks": partial(blocks, half=False),
     "blocks-half": partial(blocks, half=True),
+    "own": own,
     "curvature": curvature,
     **{w: partial(complaint, wrong=w) for w in ("nan", "not one-hot", "diverged", "no probabilities")},
 }
