@@ -132,14 +132,12 @@ def _run(
             updates = set_updates(None) if recompute else None  # a buffer changes once a step
             for number in range(first, last + 1):
                 try:
-                    result = layers[number - 1].forward(output)
-                    output, kept = result if type(result) is tuple else both(layers[number - 1], result)
+                    output, kept = layers[number - 1].forward(output)
                 except LayerError as error:
                     raise error.within(str(number - 1)) from None
                 except ValueError as error:
                     refuse_changed_input(error, f"layer {number - 1}, {layers[number - 1]}")
                     raise
-                del result
                 if not passes:
                     held[number] = output
                 if saves:
@@ -169,8 +167,11 @@ def _run(
                 raise error.within(str(first - 1)) from None
             del output, kept
             if after_backward is not None:
-                for each in (layer,) if completed is None else completed[first - 1]:
-                    after_backward(each)
+                if completed is None:
+                    after_backward(layer)
+                else:
+                    for each in completed[first - 1]:
+                        after_backward(each)
     return gradient
 
 

@@ -85,25 +85,24 @@ class Examined:
             self.losses.add(type(loss))
 
 
-def watched_first(model: Layer, layers: Sequence[Layer], schedule: Schedule, x: Array) -> AbstractContextManager[None]:
+def watched_first(seen: Examined, schedule: Schedule, x: Array) -> AbstractContextManager[None]:
     """For a model's first step under a schedule: watch its layers, if some are not npnet's (see `npnet.layer_rules`).
 
     Args:
-        model: that the layers are the chain of; it remembers the schedules under which it was watched.
+        seen: what is known of the model; it remembers the schedules.
         x: the step's input.
     """
-    seen = examined(model, layers)
     if seen.schedules is None or schedule in seen.schedules or isinstance(x, StandIn):
         return _UNWATCHED
-    return _watched_once(seen, layers, schedule)
+    return _watched_once(seen, schedule)
 
 
 _UNWATCHED = nullcontext()
 
 
 @contextmanager
-def _watched_once(seen: Examined, layers: Sequence[Layer], schedule: Schedule) -> Iterator[None]:
-    with watched(layers):
+def _watched_once(seen: Examined, schedule: Schedule) -> Iterator[None]:
+    with watched(seen.layers):
         yield
     if seen.schedules is not None:
         seen.schedules.add(schedule)

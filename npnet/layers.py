@@ -70,8 +70,8 @@ class Dense(InPlaceLayer):
     def forward(self, x: Array) -> tuple[Array, Saved]:
         xp, weight, bias = array_module(x), self.weight.value, self.bias.value
         try:
-            usual = x.dtype is weight.dtype is bias.dtype and x.ndim == 2 and bias.shape == (self.out_features,)
-            if not usual and (error := self._input_error(x)) is not None:  # equal dtypes need not be one object
+            usual = x.dtype is weight.dtype is bias.dtype and x.ndim == 2 and len(bias) == self.out_features
+            if not (usual and bias.ndim == 1) and (error := self._input_error(x)) is not None:
                 raise error
             y = xp.dot(x, weight.T)  # (batch, out)
             self.activation.forward_(y, bias)

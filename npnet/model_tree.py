@@ -27,13 +27,18 @@ def mode(model: Layer, training: bool) -> Iterator[None]:
             layer.training = each
 
 
+def parameters_of(layers: Sequence[Layer]) -> list[Parameter]:
+    """The parameters of all layers; one that layers share is there once for each of them."""
+    return [parameter for layer in layers for parameter in layer.parameters()]
+
+
 def completed_after(layers: Sequence[Layer]) -> list[list[Layer]] | None:
     """For each layer of a chain, from the first, the layers whose gradients are complete after its backward pass.
 
     That is the layer itself, unless one of its parameters stands in a layer below, too: then it waits for the lowest.
     None if no two layers share a parameter.
     """
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    parameters = parameters_of(layers)
     if len(set(parameters)) == len(parameters):
         return None
     given = [layer.parameters() for layer in layers]

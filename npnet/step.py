@@ -81,8 +81,9 @@ def add_gradients(
     network = as_chain(model)
     schedule = _schedule_of(network, schedule)
     start = _OutputGradient(loss, y, weight)
-    examined(model, network.layers).check_loss(loss, network)
-    with explained(network, schedule, x, loss=loss), watched_first(model, network.layers, schedule, x):
+    model_facts = examined(model, network.layers)
+    model_facts.check_loss(loss, network)
+    with explained(network, schedule, x, loss=loss), watched_first(model_facts, schedule, x):
         backpropagate(
             network.layers, schedule, x, start, after_backward=after_backward, determinism_check=determinism_check
         )
@@ -92,7 +93,7 @@ def add_gradients(
 def _schedule_of(network: Sequential, schedule: ScheduleLike) -> Schedule:
     """The schedule for the network's layers that ``schedule`` stands for (see `npnet.schedules.as_schedule`)."""
     if isinstance(schedule, Schedule):
-        return schedule.for_layers(needs_saved(network.layers))
+        return schedule
     return as_schedule(schedule, len(network.layers), needs_saved(network.layers))
 
 
@@ -261,7 +262,7 @@ def accumulated_step(
                     where = partial(first_not_finite, network.layers, x, next_step())
                     after, look = sums.begin(last, update, value, weight, where)
                 start = _OutputGradient(loss, y, weight, look)
-                watch = watched_first(model, network.layers, schedule, x)
+                watch = watched_first(model_facts, schedule, x)
                 with explained(network, schedule, x, **terms), rows_from(first), watch:
                     backpropagate(
                         network.layers, schedule, x, start, after_backward=after, determinism_check=determinism_check
@@ -361,9 +362,9 @@ def lazy_gradient(
             waiting.append(layer)
 
     try:
-        with one_step() as step, watched_first(before, before.layers, plain[0], x):
+        with one_step() as step, watched_first(examined(before, before.layers), plain[0], x):
             bottleneck = before(x)
-            with watched_first(after, after.layers, plain[1], bottleneck):
+            with watched_first(examined(after, after.layers), plain[1], bottleneck):
                 gradient = backpropagate(
                     after.layers, plain[1], bottleneck, output_gradient, after_backward=after_first, needs_dx=True
                 )
