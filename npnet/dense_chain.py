@@ -62,6 +62,7 @@ class DenseChain:
             "biases": Lender("biases", [layer.bias for layer in layers], self.array),
             "weights": Lender("weights", [layer.weight for layer in layers], self.array),
         }
+        self.parameters = [parameter for layer in layers for parameter in layer.parameters()]
         self.plain = schedules.none(len(layers))
         self.limit = HardBudget(there, None, self.counted)
         self.rehearsed: tuple[Schedule | None, int, bool] = None, 0, False  # schedule, largest batch, weights lent
@@ -115,8 +116,8 @@ class DenseChain:
 
     def take_back(self) -> None:
         """After an update: the lists lent are their holders' alone from now on."""
-        for lender in self.lenders.values():
-            lender.take_back()
+        self.lenders["biases"].take_back()
+        self.lenders["weights"].take_back()
 
     def _take(self, network: Any, given: dict[str, Any]) -> None:
         """Make the layers hold the lists given: those there are, if the lists fit, or new ones."""
@@ -245,7 +246,7 @@ class DenseChain:
 
         Methods of a subclass are not called. Once more when weights are lent: each will be copied on its update.
         """
-        lent = any(each.lent for lender in self.lenders.values() for each in lender.parameters)
+        lent = True in [parameter.lent for parameter in self.parameters]  # each step asks: a generator would be slower
         if self.rehearsed[0] is schedule and self.rehearsed[1] >= len(x) and self.rehearsed[2] >= lent:
             return
         copies: list[Array] = []
@@ -258,7 +259,7 @@ class DenseChain:
 
     def counted(self) -> list[Array]:
         """The arrays that a budget counts before a step: the parameters' but for those lent, which others hold."""
-        return [parameter.value for layer in self.layers for parameter in layer.parameters() if not parameter.lent]
+        return [parameter.value for parameter in self.parameters if not parameter.lent]
 
 
 def is_own(method: Any, network: Any, function: Callable[..., Any]) -> bool:

@@ -160,24 +160,15 @@ def descended(name: str, arrays: Iterable[Any], gradients: Any, rate: float) -> 
     return stepped
 
 
-class Lent:
-    """The attribute ``weights`` or ``biases``: a list that is the network's (see `npnet.lending`)."""
+class Lent(property):
+    """The attribute ``weights`` or ``biases``: a list that is the network's."""
 
-    def __init__(self, doc: str) -> None:
-        self.__doc__ = doc
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, network: Any, kind: type | None = None) -> list[Array]:
-        if network is None:
-            return self  # type: ignore[return-value]
-        return network._npnet.lend(network, self.name)
-
-    def __set__(self, network: Any, arrays: Iterable[Array]) -> None:
-        network._npnet.assign(network, self.name, arrays)
-
-    fget, fset = __get__, __set__  # as a property's: a property in a subclass may call them
+    def __init__(self, name: str, doc: str) -> None:
+        super().__init__(
+            lambda network: network._npnet.lend(network, name),
+            lambda network, arrays: network._npnet.assign(network, name, arrays),
+            doc=doc,
+        )
 
 
 class Shown(Generic[T]):

@@ -77,8 +77,8 @@ class Network(Savable):
     def _npnet(self) -> DenseChain:
         return DenseChain()
 
-    weights = Lent("The weights, a list of (out, in) arrays; see `npnet.lending` for what may be done with them.")
-    biases = Lent("The biases, a list of (out, 1) arrays; as `weights`.")
+    weights: list[Array] = Lent("weights", "The weights, (out, in) each; for what may be done see `npnet.lending`.")  # type: ignore[assignment]
+    biases: list[Array] = Lent("biases", "The biases, (out, 1) each; as `weights`.")  # type: ignore[assignment]
 
     @Shown
     def layers(self) -> list[Dense]:
@@ -157,7 +157,7 @@ class Network(Savable):
         Raises:
             TypeError, ValueError: the two are not arrays of numbers, or have different shapes.
         """
-        chain = self._npnet.ready(self)
+        chain = self._npnet if self._npnet.layers else self._npnet.ready(self)  # in a step, it is ready
         output_activations, y = chain.array(output_activations, "output_activations"), chain.array(y, "y")
         if output_activations.shape != y.shape:
             raise ValueError(f"cost_derivative: expected equal shapes, got {output_activations.shape}, {y.shape}")

@@ -120,6 +120,7 @@ class NetworkWithCheckpointing(Network):
     def backprop(self, x: Array, y: Array) -> tuple[list[Array], list[Array]]:
         """The same gradient by the schedule; where checkpointing is off, by the plain network's `backprop`."""
         chain = self._npnet.ready(self)
+        chain.read_every(self)
         if chain.off:
             return super().backprop(x, y)
         return chain.gradients(self, x, y, checkpointed=True)
@@ -176,13 +177,12 @@ class CheckpointedChain(DenseChain):
         self.plan, self.plans = None, {}
         self._schedule()
 
-    def ready(self, network: Any) -> "CheckpointedChain":
-        super().ready(network)
-        if type(network).checkpoint_every_nth_layer is not _EVERY:  # a subclass keeps it itself
+    def read_every(self, network: Any) -> None:
+        """Take n from the network, where a subclass keeps it itself."""
+        if type(network).checkpoint_every_nth_layer is not _EVERY:
             n = network.checkpoint_every_nth_layer
             if n != self.every:
                 self.keep_every(n)
-        return self
 
     def keep_every(self, n: int) -> None:
         """By n, and no longer by a schedule or to a budget."""
@@ -219,6 +219,7 @@ class CheckpointedChain(DenseChain):
     def checkpointed(self, network: Any, own: Callable[..., Any]) -> bool | None:
         if not is_own(network.backprop, network, _BACKPROP):
             return super().checkpointed(network, own)
+        self.read_every(network)
         if not self.off:
             return True
         inherited: Any = super(NetworkWithCheckpointing, network)  # mypy does not take Any for a network
