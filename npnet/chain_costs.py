@@ -124,7 +124,8 @@ def _waiting(layers: Sequence[Layer], costs: Sequence[LayerCost], streaming: boo
 
 def chain_in(network: HasLayers) -> HasLayers:
     """What is planned of ``network``: of a lab's network, whose attributes are the student's, the chain inside."""
-    return getattr(network, "_chain", network)
+    chain = getattr(network, "_npnet", None)
+    return network if chain is None else chain.ready(network)
 
 
 def input_of(network: HasLayers, features: int | None = None) -> tuple[Sequence[Layer], int, np.dtype[Any]]:

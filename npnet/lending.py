@@ -8,14 +8,16 @@ So the network lends its own arrays, and an update of a lent parameter writes to
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, Generic, SupportsIndex, TypeVar
 
 import numpy as np
 
-from npnet.backend import Array, array_module
-from npnet.checks import check_list, check_whole
+from npnet.backend import Array, array_module, backend_of, get_backend
+from npnet.checks import check_array, check_list, check_whole
 from npnet.losses import check_finite
 from npnet.parameter import Parameter
+
+T = TypeVar("T")
 
 
 class LentList(list[Array]):
@@ -103,34 +105,12 @@ class Lender:
             TypeError, ValueError: its kind or shape does not fit.
         """
         parameter = self.parameters[index]
-        matrix = self._fitting(index, array, self.name)
+        matrix, expected = self.convert(array, f"{self.name}[{index}]"), as_matrix(parameter.value).shape
+        if matrix.shape != expected:
+            raise ValueError(f"{self.name}[{index}]: expected shape {expected}, got {matrix.shape}")
         parameter.value = matrix.reshape(parameter.value.shape)
         parameter.lent = True
         return matrix
-
-    def _fitting(self, index: int, array: Any, name: str) -> Array:
-        matrix, expected = self.convert(array, f"{name}[{index}]"), as_matrix(self.parameters[index].value).shape
-        if matrix.shape != expected:
-            raise ValueError(f"{name}[{index}]: expected shape {expected}, got {matrix.shape}")
-        return matrix
-
-    @np.errstate(over="ignore", invalid="ignore")
-    def descended(self, gradients: Any, rate: float) -> list[Array]:
-        """New arrays, w - rate * g for each parameter w and its gradient g.
-
-        Raises:
-            TypeError, ValueError: the number of gradients, or the kind or shape of one, does not fit.
-            TrainingDiverged: a gradient is not finite.
-        """
-        name, stepped = f"the gradient of {self.name}", []
-        for index, gradient in enumerate(check_list(gradients, len(self.parameters), name)):
-            matrix = self._fitting(index, gradient, name)
-            check_finite(matrix.sum(), f"a sum over {name}[{index}]")
-            weight = as_matrix(self.parameters[index].value)
-            xp, new = array_module(weight), array_module(weight).empty_like(weight)  # in its layout
-            xp.multiply(matrix, rate, out=new)
-            stepped.append(xp.subtract(weight, new, out=new))
-        return stepped
 
     def replace_all(self, arrays: Iterable[Any]) -> None:
         """Put every array in its place, or none if one does not fit.
@@ -153,3 +133,69 @@ class Lender:
 def as_matrix(value: Array) -> Array:
     """A weight as it is, a bias (out,) as a column (out, 1) that shares its memory."""
     return value if value.ndim == 2 else value.reshape(-1, 1)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def descended(name: str, arrays: Iterable[Any], gradients: Any, rate: float) -> list[Array]:
+    """New arrays, w - rate * g for each array w and its gradient g.
+
+    Args:
+        name: "weights" or "biases", for messages.
+
+    Raises:
+        TypeError, ValueError: the number of gradients, or the kind or shape of one, does not fit.
+        TrainingDiverged: a gradient is not finite.
+    """
+    said, stepped, weights = f"the gradient of {name}", [], list(arrays)
+    for index, (weight, gradient) in enumerate(zip(weights, check_list(gradients, len(weights), said), strict=True)):
+        if getattr(getattr(weight, "dtype", None), "kind", None) != "f":
+            weight = check_array(weight, get_backend("numpy"), np.dtype(np.float64), f"{name}[{index}]")
+        matrix = check_array(gradient, backend_of(weight), weight.dtype, f"{said}[{index}]")
+        if matrix.shape != weight.shape:
+            raise ValueError(f"{said}[{index}]: expected shape {weight.shape}, got {matrix.shape}")
+        check_finite(matrix.sum(), f"a sum over {said}[{index}]")
+        xp, new = array_module(weight), array_module(weight).empty_like(weight)  # in its layout
+        xp.multiply(matrix, rate, out=new)
+        stepped.append(xp.subtract(weight, new, out=new))
+    return stepped
+
+
+class Lent(property):
+    """The attribute ``weights`` or ``biases``: a list that is the network's."""
+
+    def __init__(self, name: str, doc: str) -> None:
+        super().__init__(
+            lambda network: network._npnet.lend(network, name),
+            lambda network, arrays: network._npnet.assign(network, name, arrays),
+            doc=doc,
+        )
+
+
+class Shown(Generic[T]):
+    """An attribute to read. A value that is assigned to its name stands there from then on, and changes nothing else.
+
+    (Unless it looks like a change of the network: that is made, or refused.)
+    """
+
+    def __init__(self, read: Callable[[Any], T]) -> None:
+        self.read, self.__doc__ = read, read.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, network: Any, kind: type | None = None) -> T:
+        if network is None:
+            return self  # type: ignore[return-value]
+        own: dict[str, Any] = vars(network)
+        return own[self.name] if self.name in own else self.read(network)
+
+    def __set__(self, network: Any, value: Any) -> None:
+        if network._npnet.changed(self.name, value):
+            vars(network).pop(self.name, None)
+        else:
+            vars(network)[self.name] = value
+
+    def __delete__(self, network: Any) -> None:
+        if self.name not in vars(network):
+            raise AttributeError(f"{self.name}: a network keeps its own")
+        del vars(network)[self.name]

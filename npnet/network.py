@@ -3,24 +3,19 @@
 A thin face over the engine, with the names and conventions of the lab exercise that npnet serves: an MLP after Nielsen,
 "Neural Networks and Deep Learning", 2015, chapters 1 and 2, to be given checkpointing. x and y come as rows, (samples,
 features), into `Network.SGD`, `update_mini_batch` and `evaluate`, as columns into `backprop` and whatever it calls.
+
+What npnet needs besides the exercise's names is in ``network._npnet``, a `npnet.dense_chain.DenseChain`.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from npnet import schedules
-from npnet.backend import (
-    Array,
-    Backend,
-    along_rows,
-    array_module,
-    dot,
-)
-from npnet.checkpoint import Restore, backpropagate, clear_gradients
+from npnet.backend import Array, Backend, along_rows, array_module, backend_of, to_host
 from npnet.checks import (
     check_array,
     check_flag,
@@ -28,29 +23,26 @@ from npnet.checks import (
     check_no_nan,
     check_number,
     check_one_hot,
-    check_pairs,
     check_rows,
     check_whole,
 )
-from npnet.dense_chain import DenseChain, Shown, dense_chain
-from npnet.failures import explained, rehearse
+from npnet.dense_chain import LISTS, DenseChain, as_given, is_own, two
 from npnet.interrupts import Interrupts
 from npnet.layer import Layer, Pair
 from npnet.layers import Dense
-from npnet.lending import Lender, as_matrix
-from npnet.losses import TrainingDiverged, accuracy, check_finite
+from npnet.lending import Lent, Shown, descended
+from npnet.losses import TrainingDiverged, accuracy
 from npnet.parameter import Parameter
-from npnet.pools import HardBudget
 from npnet.random import RNG, as_generator
 from npnet.savable import Savable
-from npnet.schedule import Schedule
 
 
 class Network(Savable):
     """A chain of dense sigmoid layers with the quadratic cost, trained by stochastic gradient descent.
 
     A subclass may leave out ``super().__init__`` if its own ``__init__`` sets ``weights`` and ``biases``, as in the
-    exercise; they are then float64. Every method may be replaced: on the class, in a subclass, on one network.
+    exercise; they are then float64. Every method may be replaced: on the class, in a subclass, on one network. Which
+    method calls which is as in the exercise.
 
     Args:
         sizes: layer sizes, input first, such as [784, 30, 10].
@@ -72,105 +64,55 @@ class Network(Savable):
         backend: str | None = None,
     ) -> None:
         draw = np.random.standard_normal if rng is None else as_generator(rng).standard_normal
-        self._begin(dense_chain(sizes, dtype, backend, draw))
-        self.sizes = self._chain.sizes.copy()
+        vars(self).pop("_npnet", None)  # of an __init__ before this one
+        chain = self._npnet
+        chain.make(sizes, dtype, backend, draw)
+        self.sizes = chain.sizes.copy()
         self.num_layers = len(self.sizes)  # as the exercise counts: the input is a layer, too
+        for name in LISTS:
+            if type(getattr(type(self), name)) is not Lent:  # the subclass keeps the list itself
+                setattr(self, name, chain.lenders[name].lend())
 
-    def _begin(self, chain: DenseChain) -> None:
-        """Take the chain as one's own."""
-        self._chain = chain
-        self._weights = Lender("weights", [layer.weight for layer in chain.layers], self._array)
-        self._biases = Lender("biases", [layer.bias for layer in chain.layers], self._array)
-        self._schedule = schedules.none(len(chain.layers))
-        self._restore: Restore | None = None
-        self._limit = HardBudget(chain.backend, None, self._counted)
-        self._rehearsed: tuple[Schedule | None, int, bool] = None, 0, False  # schedule, largest batch, weights lent
+    @cached_property
+    def _npnet(self) -> DenseChain:
+        return DenseChain()
 
-    def _given_first(self, name: str, arrays: Iterable[Array]) -> None:
-        """An ``__init__`` without ``super().__init__`` sets its weights and biases: with both, there is a chain."""
-        given = vars(self).setdefault("_given", {})
-        given[name] = arrays
-        if len(given) < 2:
-            return
-        weights = list(given["weights"])
-        shapes = [np.shape(weight) for weight in weights]
-        if not shapes or any(len(shape) != 2 for shape in shapes):
-            raise ValueError(f"weights: expected a list of (out, in) arrays, got arrays of shapes {shapes}")
-        self._begin(dense_chain([shapes[0][1], *(shape[0] for shape in shapes)], np.float64, None, np.zeros))
-        del self._given
-        self._weights.replace_all(weights)
-        self._biases.replace_all(given["biases"])
-
-    def __getattr__(self, name: str) -> Any:
-        """Called where there is no such attribute."""
-        given = vars(self).get("_given", {})
-        if name in given:  # asked for before the other of the two is set
-            return given[name]
-        if name in ("_chain", "_weights", "_biases", "_schedule", "_limit", "weights", "biases"):
-            raise AttributeError(
-                f"{type(self).__name__} has no weights and biases yet: its __init__ sets both, or calls "
-                "super().__init__(sizes)"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        chain = vars(self).get("_chain")
-        if chain is not None and name in ("layers", "dtype", "backend"):
-            chain.refuse_other(name, value)
-        super().__setattr__(name, value)
+    weights: list[Array] = Lent("weights", "The weights, (out, in) each; for what may be done see `npnet.lending`.")  # type: ignore[assignment]
+    biases: list[Array] = Lent("biases", "The biases, (out, 1) each; as `weights`.")  # type: ignore[assignment]
 
     @Shown
     def layers(self) -> list[Dense]:
         """The dense layers."""
-        return self._chain.layers
+        return self._npnet.ready(self).layers
 
     @Shown
     def dtype(self) -> np.dtype[Any]:
         """Of parameters and activations."""
-        return self._chain.dtype
+        return self._npnet.ready(self).dtype
 
     @Shown
     def backend(self) -> Backend:
         """Where its arrays are."""
-        return self._chain.backend
+        return self._npnet.ready(self).backend
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._chain.sizes})"
+        chain = self._npnet
+        return f"{type(self).__name__}({chain.sizes if chain.layers else getattr(self, 'sizes', '')})"
 
     def __copy__(self) -> "Network":
         """A copy that trains alone, as a copy of the exercise's network does."""
         return copy.deepcopy(self)
 
+    def config(self) -> dict[str, Any]:
+        config = super().config()
+        if type(self).__init__ in OWN_INITS:  # whatever the student has made of the attribute
+            config["sizes"] = self._npnet.sizes
+        return config
+
     def named_parameters(self) -> dict[str, Parameter]:
         """All parameters: "0.weight", "0.bias" and so on."""
-        layers = enumerate(self._chain.layers)
+        layers = enumerate(self._npnet.ready(self).layers)
         return {f"{i}.{name}": each for i, layer in layers for name, each in layer.named_parameters().items()}
-
-    @property
-    def weights(self) -> list[Array]:
-        """The weights, a list of (out, in) arrays; see `npnet.lending` for what may be done with them."""
-        given: Any = vars(self).get("_given", {}).get("weights")  # before there is a chain
-        return self._weights.lend() if given is None else given
-
-    @weights.setter
-    def weights(self, arrays: Iterable[Array]) -> None:
-        if "_chain" not in vars(self):
-            self._given_first("weights", arrays)
-        else:
-            self._weights.replace_all(arrays)
-
-    @property
-    def biases(self) -> list[Array]:
-        """The biases, a list of (out, 1) arrays; as `weights`."""
-        given: Any = vars(self).get("_given", {}).get("biases")
-        return self._biases.lend() if given is None else given
-
-    @biases.setter
-    def biases(self, arrays: Iterable[Array]) -> None:
-        if "_chain" not in vars(self):
-            self._given_first("biases", arrays)
-        else:
-            self._biases.replace_all(arrays)
 
     @np.errstate(over="ignore", invalid="ignore")
     def feedforward(self, a: Array) -> Array:
@@ -182,8 +124,9 @@ class Network(Savable):
         Returns:
             Columns, (sizes[-1], samples).
         """
-        a = self._rows(a, self._chain.sizes[0], "a")
-        for layer in self._chain.layers:
+        chain = self._npnet.ready(self)
+        a = chain.rows(a, chain.sizes[0], "a")
+        for layer in chain.layers:
             a, _ = layer.forward(a)
         return a.T
 
@@ -191,14 +134,22 @@ class Network(Savable):
         """The share of samples whose largest output is at the label, in [0, 1].
 
         Args:
-            test_data: (x, y), rows; y one-hot.
+            test_data: (x, y), rows; y one-hot. Where another `feedforward` stands in its place, x is what that takes.
 
         Raises:
             ValueError: shapes do not fit, or y is not one-hot.
         """
-        x, y = self._pairs(test_data, "test_data: ")
-        check_no_nan(x, "test_data: x")
-        return accuracy(lambda rows: self.feedforward(rows).T, x, y)
+        if is_own(self.feedforward, self, _FEEDFORWARD):
+            x, y = self._npnet.ready(self).pairs(test_data, "test_data: ")
+            check_no_nan(x, "test_data: x")
+            return accuracy(lambda rows: self.feedforward(rows).T, x, y)
+        x, y = as_given(test_data, "test_data: ")
+        output = self.feedforward(x)  # of all samples at once, as in the exercise
+        if isinstance(output, (list, tuple)):
+            output = to_host(output)
+        y = check_array(y, backend_of(output), output.dtype, "test_data: y")
+        check_rows(y, len(output), "test_data: y", labels=True)
+        return accuracy(lambda rows: rows, output.T, y)
 
     def cost_derivative(self, output_activations: Array, y: Array) -> Array:
         """dC/da at the output for C = sum of (a - y)^2 / 2; columns. Override it for another cost.
@@ -206,7 +157,8 @@ class Network(Savable):
         Raises:
             TypeError, ValueError: the two are not arrays of numbers, or have different shapes.
         """
-        output_activations, y = self._array(output_activations, "output_activations"), self._array(y, "y")
+        chain = self._npnet if self._npnet.layers else self._npnet.ready(self)  # in a step, it is ready
+        output_activations, y = chain.array(output_activations, "output_activations"), chain.array(y, "y")
         if output_activations.shape != y.shape:
             raise ValueError(f"cost_derivative: expected equal shapes, got {output_activations.shape}, {y.shape}")
         return output_activations - y
@@ -221,26 +173,18 @@ class Network(Savable):
         Returns:
             (nabla_b, nabla_w): lists in the shapes of `biases` and `weights`.
         """
-        x = self._rows(self._array(x, "x").T, self._chain.sizes[0], "x.T (backprop takes columns)")
-        y = self._rows(self._array(y, "y").T, self._chain.sizes[-1], "y.T (backprop takes columns)")
-        check_pairs(x, y, "backprop, transposed: ")
-        self._run(x, y, 1.0, None)
-        nabla_b, nabla_w = [], []
-        for layer in self._chain.layers:
-            nabla_b.append(as_matrix(layer.bias.take_gradient()))
-            nabla_w.append(layer.weight.take_gradient())
-        return nabla_b, nabla_w
+        return self._npnet.ready(self).gradients(self, x, y, checkpointed=False)
 
     def update_mini_batch(self, mini_batch: Pair, eta: float) -> None:
         """One step of gradient descent on a batch: w <- w - eta/batch * dC/dw.
 
         The step is linear in the gradient at the output, so eta/batch is multiplied in there, once. Each layer is
         updated as soon as its gradient is known, and the gradient is freed. (Where another `backprop` stands in its
-        place, the update is made from what that returns.) The first batch is rehearsed, and so is each
-        that is larger, so that memory runs out before anything is updated, if it does.
+        place, the update is made from what that returns.) The first batch is rehearsed, and so is each that is larger,
+        so that memory runs out before anything is updated, if it does.
 
         Args:
-            mini_batch: (x, y), rows.
+            mini_batch: (x, y), rows. Where another `backprop` stands in its place, x and y are what that takes.
             eta: learning rate.
 
         Raises:
@@ -248,64 +192,25 @@ class Network(Savable):
                 pass itself is found by the next step's loss.)
             OutOfMemory: memory ran out; the weights are as before.
         """
-        x, y = self._pairs(mini_batch, "mini_batch: ")
+        chain = self._npnet
+        checkpointed = chain.checkpointed(self, _BACKPROP)
+        if checkpointed is None:
+            x, y = as_given(mini_batch, "mini_batch: ")
+        else:
+            x, y = chain.ready(self).pairs(mini_batch, "mini_batch: ")
         rate = check_number(eta, "eta") / len(x)
-        if getattr(self.backprop, "__func__", None) is _BACKPROP:
+        if checkpointed is not None and not chain.foreign:
             try:
-                self._run(x, y, rate, _descend)
+                chain.run(self, x, y, rate, _descend, checkpointed)
             finally:  # after the step, in which overridden methods may have asked for the lists, too
-                self._weights.take_back()
-                self._biases.take_back()
+                chain.take_back()
             return
         nabla_b, nabla_w = check_list(self.backprop(x.T, y.T), 2, "backprop")
-        biases, weights = self._biases.descended(nabla_b, rate), self._weights.descended(nabla_w, rate)
+        biases, weights = (
+            descended("biases", self.biases, nabla_b, rate),
+            descended("weights", self.weights, nabla_w, rate),
+        )
         self.biases, self.weights = biases, weights
-
-    def _run(self, x: Array, y: Array, factor: float, after_backward: Callable[[Layer], None] | None) -> None:
-        """Backpropagate ``factor`` times the cost derivative."""
-
-        def output_gradient(output: Array) -> Array:
-            derivative = self._array(self.cost_derivative(output.T, y.T), "cost_derivative").T
-            if derivative.shape != output.shape:
-                raise ValueError(f"cost_derivative: expected shape {output.T.shape}, got {derivative.T.shape}")
-            flat = derivative.ravel(order="K")
-            check_finite(dot(flat, flat))
-            return derivative * factor
-
-        clear_gradients(self._chain.layers)
-        schedule = self._schedule_for(len(x), streaming=after_backward is not None)
-        with explained(self._chain, schedule, x, streaming=after_backward is not None), self._limit:
-            if after_backward is not None:
-                self._rehearse(schedule, x)
-            backpropagate(
-                self._chain.layers, schedule, x, output_gradient, after_backward=after_backward, restore=self._restore
-            )
-
-    def _rehearse(self, schedule: Schedule, x: Array) -> None:
-        """Once for a schedule, and for a larger batch: do all that a step does but the update, by the engine alone.
-
-        Methods of a subclass are not called. Once more when weights are lent: each will be copied on its update.
-        """
-        lent = any(each.lent for lender in (self._weights, self._biases) for each in lender.parameters)
-        if self._rehearsed[0] is schedule and self._rehearsed[1] >= len(x) and self._rehearsed[2] >= lent:
-            return
-        copies: list[Array] = []
-
-        def prepare(layer: Layer) -> None:
-            copies.extend(parameter.value.copy(order="F") for parameter in layer.parameters() if parameter.lent)
-
-        rehearse(self._chain.layers, schedule, x, prepare)
-        self._rehearsed = schedule, len(x), lent
-
-    def _counted(self) -> list[Array]:
-        """The arrays that a budget counts before a step: the parameters' but for those lent, which others hold."""
-        return [
-            parameter.value for layer in self._chain.layers for parameter in layer.parameters() if not parameter.lent
-        ]
-
-    def _schedule_for(self, batch_size: int, streaming: bool) -> Schedule:
-        """What a pass computes, holds and recomputes; streaming: layers are updated on the way back."""
-        return self._schedule
 
     def SGD(  # noqa: N802 - the exercise's name
         self,
@@ -321,7 +226,8 @@ class Network(Savable):
         Ctrl-C ends it after the step that is under way (a second one at once).
 
         Args:
-            training_data: (x, y), rows.
+            training_data: (x, y), rows. Where another `update_mini_batch` or `backprop` stands in its place, x and y
+                are what that takes.
             epochs: passes over the data.
             mini_batch_size: samples a step.
             eta: learning rate.
@@ -333,19 +239,27 @@ class Network(Savable):
             ValueError: shapes do not fit, the batch is larger than the data, or the data hold NaN.
             TrainingDiverged: the loss is not finite, with the epoch and the step.
         """
-        x, y = self._pairs(training_data, "training_data: ")
+        read = self._npnet.checkpointed(self, _BACKPROP) is not None and is_own(self.update_mini_batch, self, _UPDATE)
+        if read:
+            x, y = self._npnet.ready(self).pairs(training_data, "training_data: ")
+        else:
+            x, y = as_given(training_data, "training_data: ")
         epochs, batch = check_whole(epochs, "epochs"), check_whole(mini_batch_size, "mini_batch_size", least=1)
         if batch > len(x):
             raise ValueError(f"mini_batch_size: {batch} is more than the {len(x)} training samples")
-        check_no_nan(x, "training_data: x")
-        check_no_nan(y, "training_data: y")
+        if read:
+            check_no_nan(x, "training_data: x")
+            check_no_nan(y, "training_data: y")
         log = check_flag(log, "log")
-        if isinstance(test_data, tuple) and not test_data:
+        if isinstance(test_data, (tuple, list)) and not test_data:
             test_data = None  # as in the exercise
-        if test_data is not None and log and getattr(self.evaluate, "__func__", None) is _EVALUATE:
-            test_data = self._pairs(test_data, "test_data: ")
-            check_no_nan(test_data[0], "test_data: x")
-            check_one_hot(test_data[1], "test_data: y")
+        if test_data is not None:
+            test_data = two(test_data, "test_data: ")
+            evaluates = log and is_own(self.evaluate, self, _EVALUATE)
+            if evaluates and is_own(self.feedforward, self, _FEEDFORWARD):  # refuse it before an epoch, not after
+                test_data = self._npnet.ready(self).pairs(test_data, "test_data: ")
+                check_no_nan(test_data[0], "test_data: x")
+                check_one_hot(test_data[1], "test_data: y")
         with Interrupts() as interrupts:
             for epoch in range(epochs):
                 for step in range(len(x) // batch):
@@ -360,28 +274,6 @@ class Network(Savable):
                 elif log:
                     print(f"Epoch: {epoch}")
 
-    def _array(self, array: Any, name: str) -> Array:
-        return check_array(array, self._chain.backend, self._chain.dtype, name)
-
-    def _rows(self, array: Array, features: int, name: str, labels: bool = False) -> Array:
-        array = self._array(array, name)
-        check_rows(array, features, name, labels)
-        return array
-
-    def _pairs(self, pair: Pair, name: str) -> Pair:
-        try:
-            x, y = pair
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"{name}expected a pair (x, y), two arrays with a row for each sample, got a {type(pair).__name__}"
-            ) from None
-        x, y = (
-            self._rows(x, self._chain.sizes[0], f"{name}x"),
-            self._rows(y, self._chain.sizes[-1], f"{name}y", labels=True),
-        )
-        check_pairs(x, y, name)
-        return x, y
-
 
 def _descend(layer: Layer) -> None:
     """w <- w - g for each parameter of the layer."""
@@ -390,4 +282,7 @@ def _descend(layer: Layer) -> None:
         array_module(weight).subtract(weight, gradient, out=weight)
 
 
-_BACKPROP, _EVALUATE = Network.backprop, Network.evaluate  # npnet's own, whatever is put in their places
+# npnet's own, whatever is put in their places
+_FEEDFORWARD, _EVALUATE = Network.feedforward, Network.evaluate
+_BACKPROP, _UPDATE = Network.backprop, Network.update_mini_batch
+OWN_INITS: list[Any] = [Network.__init__]

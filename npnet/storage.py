@@ -92,8 +92,8 @@ def model_of(
         if isinstance(model, Layer):
             share(model, shared)
         put(model.named_arrays(), arrays)
-        if isinstance(model, Network) and any(array.dtype != model._chain.dtype for array in arrays.values()):
-            raise ValueError(f"it says {model._chain.dtype}, but holds other numbers")
+        if isinstance(model, Network) and any(array.dtype != model._npnet.dtype for array in arrays.values()):
+            raise ValueError(f"it says {model._npnet.dtype}, but holds other numbers")
     except SaveError as error:
         raise SaveError(f"{path}: {error}") from None
     except (MemoryError, ImportError):

@@ -117,7 +117,7 @@ def test_the_limit_holds_what_the_plan_does_not_know(device: Device) -> None:
     with pytest.raises(npnet.OutOfMemory):
         network.update_mini_batch(data(), 3.0)
     assert same(values(network), before)
-    network._limit.budget = None
+    network._npnet.limit.budget = None
     network.update_mini_batch(data(), 3.0)
     Hungry(SIZES, memory_budget=budget, rng=0, dtype=np.float32).update_mini_batch(data("numpy"), 3.0)
 

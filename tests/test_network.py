@@ -287,4 +287,4 @@ def test_a_batch_size_is_planned_for_once(monkeypatch):
     assert (planned, network.plan.memory_budget) == ([30, 7, 30], 30_000)
     for size in range(1, 40):  # it does not remember more and more
         network.update_mini_batch(batch(size), 0.1)
-    assert len(network._plans) <= network_with_checkpointing.MOST_PLANS
+    assert len(network._npnet.plans) <= network_with_checkpointing.MOST_PLANS

@@ -58,10 +58,12 @@ def cost_derivative(self: Any, output_activations: Any, y: Any) -> Any:
 
 
 def forward_between_checkpoints(self: Any, a: Any, start: int, end: int) -> Any:
-    """Restores wrong activations, so that it shows."""
+    """Restores wrong activations in the first segment, so that it shows."""
     outputs = [a]
     for index in range(start, end):
-        outputs.append(0.9 / (1 + np.exp(-(self.weights[index] @ outputs[-1] + self.biases[index]))))
+        outputs.append(
+            (1 - 0.1 * (start == 0)) / (1 + np.exp(-(self.weights[index] @ outputs[-1] + self.biases[index])))
+        )
     return outputs
 
 
@@ -91,11 +93,6 @@ def on_class(module: Any, kind: str, name: str, function: Any) -> Any:
     return made(module, kind)
 
 
-def on_the_base(module: Any, kind: str, name: str, function: Any) -> Any:
-    setattr(module.Network, name, function)
-    return made(module, kind)
-
-
 def with_decorator(module: Any, kind: str, name: str, function: Any) -> Any:
     return on_class(module, kind, name, decorated(function))
 
@@ -122,13 +119,26 @@ def by_mock(module: Any, kind: str, name: str, function: Any) -> Any:
     return network
 
 
-WAYS = [on_class, with_decorator, in_subclass, on_instance, plain_function_on_instance, by_mock]
+def patched(module: Any, kind: str, name: str, function: Any) -> Any:
+    mock.patch.object(getattr(module, kind), name, autospec=True, side_effect=function).start()  # ends with `modules`
+    return made(module, kind)
 
 
-def made(module: Any, kind: str, given: Any = None) -> Any:
+WAYS = [on_class, with_decorator, in_subclass, on_instance, plain_function_on_instance, by_mock, patched]
+RESTORE = npnet.NetworkWithCheckpointing.forward_between_checkpoints
+
+
+def made(module: Any, kind: str, given: Any = None, n: int = 2) -> Any:
     np.random.seed(3)
     given = given or getattr(module, kind)
-    return given(SIZES) if kind == "Network" else given(SIZES, 2)
+    return given(SIZES) if kind == "Network" else given(SIZES, n)
+
+
+def assert_same(ours: list[Any], theirs: list[Any]) -> None:
+    """The same arrays within rounding, and then the same text."""
+    assert len(ours) == len(theirs)
+    assert all(np.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours[:-1], theirs[:-1], strict=True))
+    assert ours[-1] == theirs[-1]
 
 
 @pytest.fixture
@@ -137,6 +147,7 @@ def modules(classic: Any) -> Iterator[Any]:
     kinds = [getattr(module, kind) for module in (npnet, classic) for kind in ("Network", "NetworkWithCheckpointing")]
     before = [{name: vars(kind)[name] for name in ALL if name in vars(kind)} for kind in kinds]
     yield npnet, classic
+    mock.patch.stopall()
     for kind, methods in zip(kinds, before, strict=True):
         for name in ALL:
             if name in methods:
@@ -158,32 +169,104 @@ def results(network: Any, capsys: Any) -> list[Any]:
 def test_a_method_in_anothers_place_gives_what_it_gives_in_the_classic_code(
     name: str, kind: str, way: Any, modules: Any, capsys: Any
 ) -> None:
-    ours, theirs = (results(way(module, kind, name, METHODS[name]), capsys) for module in modules)
-    assert len(ours) == len(theirs)
-    assert all(np.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours[:-1], theirs[:-1], strict=True))
-    assert ours[-1].split() == pytest.approx(theirs[-1].split()) or ours[-1] == theirs[-1]
+    assert_same(*(results(way(module, kind, name, METHODS[name]), capsys) for module in modules))
 
 
+@pytest.mark.parametrize("n", [0, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_on_the_base_class_reaches_the_network_with_checkpointing(
-    name: str, modules: Any, capsys: Any
+def test_a_method_on_the_base_class_reaches_the_network_with_checkpointing_as_in_the_classic_code(
+    name: str, n: int, modules: Any, capsys: Any
 ) -> None:
-    kind = "NetworkWithCheckpointing"
-    ours, theirs = (results(on_the_base(module, kind, name, METHODS[name]), capsys) for module in modules)
-    if name == "backprop":  # the classic one overrides it there, npnet's inherits it: the book's method is the base's
-        assert not np.allclose(ours[0], theirs[0])
-        return
-    assert all(np.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours[:-1], theirs[:-1], strict=True))
-    assert ours[-1] == theirs[-1]
+    found = []
+    for module in modules:  # with n = 0 the classic `backprop` calls the base class's, else it is one of its own
+        setattr(module.Network, name, METHODS[name])
+        found.append(results(made(module, "NetworkWithCheckpointing", n=n), capsys))
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_another_restoration_is_used_by_backprop_and_by_training(way: Any, modules: Any, capsys: Any) -> None:
+    """Wrong below the last segment, which npnet has no need to restore."""
     kind, name = "NetworkWithCheckpointing", "forward_between_checkpoints"
+    found = [results(way(module, kind, name, forward_between_checkpoints), capsys) for module in modules]
+    assert_same(*found)
+    modules[0].NetworkWithCheckpointing.forward_between_checkpoints = RESTORE
     plain = results(made(npnet, kind), capsys)
-    changed = results(way(npnet, kind, name, forward_between_checkpoints), capsys)
-    assert not np.allclose(plain[0], changed[0])
-    assert not np.allclose(plain[-2], changed[-2])
+    assert not np.allclose(plain[0], found[0][0])
+    assert not np.allclose(plain[-5], found[0][-5])
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_the_method_of_another_network_is_that_networks(n: int, modules: Any, capsys: Any) -> None:
+    found = []
+    for module in modules:
+        network, other = made(module, "NetworkWithCheckpointing", n=n), module.NetworkWithCheckpointing(SIZES, n)
+        network.backprop = other.backprop
+        network.forward_between_checkpoints = other.forward_between_checkpoints
+        found.append(results(network, capsys))
+        other.weights = [2 * w for w in other.weights]
+        found[-1] += [np.array(network.backprop(X.T, Y.T)[1][0])]
+    assert_same([*found[0][:-2], found[0][-1], found[0][-2]], [*found[1][:-2], found[1][-1], found[1][-2]])
+
+
+def test_the_base_classs_backprop_put_into_the_class_with_checkpointing_restores_nothing(modules: Any) -> None:
+    network = made(npnet, "NetworkWithCheckpointing")
+    network.forward_between_checkpoints = mock.MagicMock(side_effect=AssertionError)
+    expected = made(npnet, "Network")
+    network.backprop = types.MethodType(npnet.Network.backprop, network)
+    network.update_mini_batch((X, Y), 1.0)
+    expected.update_mini_batch((X, Y), 1.0)
+    assert all(map(np.array_equal, network.weights, expected.weights))
+
+
+@pytest.mark.parametrize("kind", ["Network", "NetworkWithCheckpointing"])
+def test_another_feedforward_is_given_all_test_data_at_once_whatever_they_are(
+    kind: str, modules: Any, capsys: Any
+) -> None:
+    wide, labels = np.tile(X, (60, 2)), np.tile(Y, (60, 1))  # more rows than npnet evaluates at a time
+    found = []
+    for module in modules:
+        network, sizes = made(module, kind), []
+        own = network.feedforward
+        network.feedforward = lambda a, own=own, sizes=sizes: (sizes.append(a.shape), own(a[:, :6]))[1]
+        network.SGD((X, Y), 1, 10, 0.5, test_data=(wide, labels))
+        found.append((capsys.readouterr().out, sizes))
+    assert found[0] == found[1]
+    network = made(npnet, kind)
+    network.feedforward = lambda a: np.zeros((3, len(a))).tolist()
+    assert network.evaluate((X.tolist(), Y)) == pytest.approx(14 / 40)
+    for y, message in ((Y[:, :2], "expected rows"), (Y[:5], "40 and 5 rows"), (2 * Y, "one-hot")):
+        with pytest.raises(ValueError, match=message):
+            network.evaluate((X, y))
+
+
+@pytest.mark.parametrize("name", ["backprop", "update_mini_batch"])
+@pytest.mark.parametrize("kind", ["Network", "NetworkWithCheckpointing"])
+def test_the_data_are_what_the_method_that_reads_them_takes(name: str, kind: str, modules: Any, capsys: Any) -> None:
+    """Class numbers, say, and one more column of x."""
+    found = []
+    for module in modules:
+
+        class Mine(getattr(module, kind)):  # type: ignore[misc]
+            def update_mini_batch(self, mini_batch: Any, eta: float) -> None:
+                x, y = mini_batch
+                if name == "update_mini_batch":
+                    x, y = x[:, :6], np.eye(3)[y]
+                super().update_mini_batch((x, y), eta)
+
+            def backprop(self, x: Any, y: Any) -> Any:
+                return super().backprop(x[:6], np.eye(3)[:, y] if name == "backprop" else y)
+
+        network = made(module, kind, Mine)
+        network.SGD((np.hstack([X, X]), np.arange(40) % 3), 2, 10, 0.5, log=False)
+        found.append([*map(np.array, [*network.weights, *network.biases]), ""])
+        if module is npnet:
+            with pytest.raises(ValueError, match="training_data: x and y must have a row per sample each, got 40 and"):
+                network.SGD((X, np.arange(3)), 2, 10, 0.5)
+    assert_same(*found)
+    plain = made(npnet, kind)
+    with pytest.raises(ValueError, match=r"training_data: x: expected rows of shape \(samples, 6\)"):
+        plain.SGD((np.hstack([X, X]), np.arange(40) % 3), 2, 10, 0.5)
 
 
 @pytest.mark.parametrize("name", METHODS)
