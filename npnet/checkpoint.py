@@ -7,6 +7,7 @@ depend on the schedule. (That is a promise of the layers: see `Layer.forward`.)
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +18,13 @@ from npnet.determinism import OTHER_NUMBERS, Checking, DeterminismCheck, Nondete
 from npnet.layer import InPlaceLayer, Layer, LayerCost, LayerError, Saved, ShapeError, both, needs_saved
 from npnet.layer_rules import read_only, refuse_changed_input
 from npnet.layers import Sequential
-from npnet.model_tree import completed_after
+from npnet.model_tree import completed_after, parameters_of
 from npnet.offload import Store, borrowed_store
 from npnet.random import new_step, one_step, set_updates
 from npnet.schedule import DROP, FETCH, FORWARD, OFFLOAD, Schedule
 
 _checking = Checking()
+_NO_STORE = nullcontext(Store())  # where nothing is offloaded
 
 Restore = Callable[[Array, int, int], Sequence[Array]]
 """restore(a, first, last): the outputs of layers first, ..., last, recomputed from the input ``a`` of the first."""
@@ -39,8 +41,9 @@ def backpropagate(
     restore: Restore | None = None,
     needs_dx: bool = False,
     determinism_check: bool = False,
+    fresh: bool = False,
 ) -> Array | None:
-    """Add the gradient of a loss into every parameter of the chain, on top of what gradients are there.
+    """Add the gradient of a loss into every parameter of the chain, on top of the gradients that are there.
 
     Args:
         layers: the chain, f_1 ... f_L.
@@ -54,6 +57,7 @@ def backpropagate(
         needs_dx: go on to the gradient at ``x``, too.
         determinism_check: compare what is recomputed with what was computed first, number by number (by a hash: slow,
             for finding mistakes).
+        fresh: forget the gradients that are there first.
 
     Returns:
         The gradient at ``x``, or None.
@@ -73,6 +77,7 @@ def backpropagate(
     if restore is not None:
         check_callable(restore, "restore")
     needs_dx, determinism_check = check_flag(needs_dx, "needs_dx"), check_flag(determinism_check, "determinism_check")
+    fresh = check_flag(fresh, "fresh")
     try:
         if schedule.depth != len(layers):
             raise ValueError(f"a schedule for {schedule.depth} layers cannot run a chain of {len(layers)}")
@@ -81,15 +86,21 @@ def backpropagate(
             raise ValueError(
                 f"restore: layers {sorted(schedule.needs_saved)} need what they saved, which it cannot give"
             )
+        parameters = parameters_of(layers) if fresh or after_backward is not None else []
     except (AttributeError, TypeError):
         raise TypeError(f"layers: expected a list of layers, got {shown(layers)}") from None
+    for parameter in parameters if fresh else ():
+        parameter.gradient = None
+    completed = completed_after(layers, parameters)
     before = _checking.always
     try:
         with one_step():  # whatever is run again in it draws the same random numbers again
             check = DeterminismCheck(layers) if determinism_check else None
             _checking.always = determinism_check or before  # of the parts inside, too
-            with borrowed_store(schedule.offload_to) as store:
-                return _run(layers, schedule, x, output_gradient, after_backward, restore, needs_dx, check, store)
+            with borrowed_store(schedule.offload_to) if schedule.offloads else _NO_STORE as store:
+                return _run(
+                    layers, schedule, x, output_gradient, after_backward, completed, restore, needs_dx, check, store
+                )
     except BaseException:  # Ctrl-C, too: the next pass must not add to the half of this one
         clear_gradients(layers)
         raise
@@ -110,6 +121,7 @@ def _run(
     x: Array,
     output_gradient: Callable[[Array], Array],
     after_backward: Callable[[Layer], None] | None,
+    completed: Sequence[Sequence[Layer]] | None,
     restore: Restore | None,
     needs_dx: bool,
     check: DeterminismCheck | None,
@@ -117,7 +129,6 @@ def _run(
 ) -> Array | None:
     """Do what the schedule says, action by action."""
     held: dict[int, Array] = {0: read_only(x)}  # l -> a_l
-    completed = None if after_backward is None else completed_after(layers)
     saved: dict[int, Saved] = {}  # l -> what layer l saved, where that is more than (a_{l-1}, a_l)
     gradient: Array | None = None  # dL/da_l, for the layer l whose backward pass is next
     for kind, first, last, recompute, saves, passes in schedule.runs:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from npnet import schedules
 from npnet.backend import Array, Backend, available_backends, backend_of, dot, get_backend, to_backend
-from npnet.checkpoint import Restore, backpropagate, clear_gradients
+from npnet.checkpoint import Restore, backpropagate
 from npnet.checks import check_array, check_float, check_pairs, check_rows, check_sizes
 from npnet.failures import explained, rehearse
 from npnet.layer import Layer, Pair
@@ -234,12 +234,13 @@ class DenseChain:
             return derivative * factor
 
         layers, streaming = self.layers, after_backward is not None
-        clear_gradients(layers)
         schedule, restore = self.scheduled(network, len(x), streaming) if checkpointed else (self.plain, None)
         with explained(self, schedule, x, streaming=streaming), self.limit:
             if streaming:
                 self.rehearse(schedule, x)
-            backpropagate(layers, schedule, x, output_gradient, after_backward=after_backward, restore=restore)
+            backpropagate(
+                layers, schedule, x, output_gradient, after_backward=after_backward, restore=restore, fresh=True
+            )
 
     def rehearse(self, schedule: Schedule, x: Array) -> None:
         """Once for a schedule, and for a larger batch: do all that a step does but the update, by the engine alone.

@@ -259,7 +259,7 @@ class Layer(Savable):
             "cost(self, shape, dtype, needs_dx=True) that returns an npnet.LayerCost"
         )
 
-    def cost_when_added(self, cost: LayerCost, alive: Collection[Parameter]) -> LayerCost:
+    def _added_cost(self, cost: LayerCost, alive: Collection[Parameter]) -> LayerCost:
         """``cost``, where the parameters ``alive`` have gradients already: those of places above that share them.
 
         What backward makes for these is added, and gone at once. By default it counts until backward is done, which is
@@ -357,7 +357,7 @@ class InPlaceLayer(Layer):
 def costs_of(layers: Sequence[Layer], shape: tuple[int, int], dtype: np.dtype[Any], needs_dx: bool) -> list[LayerCost]:
     """What each layer of a chain takes for a batch; arguments, of the first layer, and errors as for `Layer.cost`.
 
-    A gradient that is added to another, which a layer above has made, is gone at once: see `Layer.cost_when_added`.
+    A gradient that is added to another, which a layer above has made, is gone at once.
     """
     costs: list[LayerCost] = []
     for number, layer in enumerate(layers):
@@ -368,7 +368,7 @@ def costs_of(layers: Sequence[Layer], shape: tuple[int, int], dtype: np.dtype[An
         shape = costs[-1].output_shape
     alive = set[Parameter]()
     for number in reversed(range(len(costs))):
-        costs[number] = layers[number].cost_when_added(costs[number], alive)
+        costs[number] = layers[number]._added_cost(costs[number], alive)
         alive.update(layers[number].parameters())
     return costs
 

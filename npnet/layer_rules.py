@@ -183,8 +183,8 @@ class _Watch:
 def read_only(x: Array) -> Array:
     """``x``; of an array of NumPy's a view that cannot be written to, so that no layer changes the caller's data."""
     if type(x) is np.ndarray:
-        x = x.view()
-        x.flags.writeable = False
+        x = x[...]
+        x.setflags(write=False)
     return x
 
 

@@ -106,7 +106,7 @@ class Dense(InPlaceLayer):
             backward_flops=product * (1 + needs_dx) + 2 * batch * self.out_features + activation.backward_flops,
         )
 
-    def cost_when_added(self, cost: LayerCost, alive: Collection[Parameter]) -> LayerCost:
+    def _added_cost(self, cost: LayerCost, alive: Collection[Parameter]) -> LayerCost:
         added = [parameter.value.nbytes for parameter in self.parameters() if parameter in alive]
         if not added:
             return cost

@@ -32,13 +32,17 @@ def parameters_of(layers: Sequence[Layer]) -> list[Parameter]:
     return [parameter for layer in layers for parameter in layer.parameters()]
 
 
-def completed_after(layers: Sequence[Layer]) -> list[list[Layer]] | None:
+def completed_after(layers: Sequence[Layer], parameters: Sequence[Parameter] | None = None) -> list[list[Layer]] | None:
     """For each layer of a chain, from the first, the layers whose gradients are complete after its backward pass.
 
     That is the layer itself, unless one of its parameters stands in a layer below, too: then it waits for the lowest.
     None if no two layers share a parameter.
+
+    Args:
+        layers: the chain.
+        parameters: what `parameters_of` gives for it, where that is known.
     """
-    parameters = parameters_of(layers)
+    parameters = parameters_of(layers) if parameters is None else parameters
     if len(set(parameters)) == len(parameters):
         return None
     given = [layer.parameters() for layer in layers]

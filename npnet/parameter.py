@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from npnet.backend import Array, along_rows, array_module, backend_of
+from npnet.checks import check_callable
 from npnet.random import in_step, updates_of_step
 
 NAMES_ELSEWHERE = {
@@ -115,6 +116,7 @@ class Buffer:
         Raises:
             TypeError, ValueError: it returns something else, or numbers of another kind.
         """
+        check_callable(function, "Buffer.update")
         updates = updates_of_step()
         if updates is None and in_step():
             return

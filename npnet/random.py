@@ -90,8 +90,7 @@ def set_seed(seed: int) -> dict[str, int]:
     return done
 
 
-@contextmanager
-def one_step(step: int | None = None, *, counts: bool = True) -> Iterator[int]:
+class one_step:  # noqa: N801 - used as a function; a class, since every step enters it
     """Inside it, every draw belongs to one step: by default the step under way, or else a new one.
 
     At the end of a new step the buffers take their new values (`npnet.Buffer.update`). A step that is given by its
@@ -101,21 +100,29 @@ def one_step(step: int | None = None, *, counts: bool = True) -> Iterator[int]:
         step: the number of the step.
         counts: False changes no buffer in any case, for passes that only measure or differentiate.
     """
-    before = _state.step, _state.updates
-    begins = step is None and before[0] is None
-    if begins:
-        _state.step, _state.updates = new_step(), {} if counts else None
-    else:
-        _state.step = before[0] if step is None else step
-        _state.updates = before[1] if step is None and counts else None
-    try:
-        assert _state.step is not None
-        yield _state.step
-        if begins:
+
+    __slots__ = ("before", "begins", "counts", "step")
+
+    def __init__(self, step: int | None = None, *, counts: bool = True) -> None:
+        self.step, self.counts = step, counts
+
+    def __enter__(self) -> int:
+        before = self.before = _state.step, _state.updates
+        updates: dict[Any, Array] | None
+        self.begins = self.step is None and before[0] is None
+        if self.begins:
+            step, updates = new_step(), {} if self.counts else None
+        else:
+            step = before[0] if self.step is None else self.step  # type: ignore[assignment]
+            updates = before[1] if self.step is None and self.counts else None
+        _state.step, _state.updates = step, updates
+        return step
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self.begins and kind is None:
             for buffer, value in (_state.updates or {}).items():
                 buffer.value = value
-    finally:
-        _state.step, _state.updates = before
+        _state.step, _state.updates = self.before
 
 
 def in_step() -> bool:

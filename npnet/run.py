@@ -126,6 +126,8 @@ class TrainingRun:
         losses, seconds = arrays["run/losses"], check_number(said["seconds"], "seconds", below=1e18)
         if before > len(history) or losses.ndim != 1 or losses.dtype != np.float64:
             raise ValueError("the history contradicts itself")
+        if len(losses) * self.window >= self.samples + self.window:  # more steps than an epoch has
+            raise ValueError("the history contradicts itself")
         own = self.model.named_arrays()
         if any(arrays[name].dtype != each.value.dtype for name, each in own.items()):
             raise ValueError("the arrays are of another dtype")

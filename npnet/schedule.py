@@ -140,6 +140,8 @@ class Schedule(tuple[Action, ...]):
     offload_to: Place | None
     runs: tuple[Run, ...]
     """What the engine executes."""
+    offloads: bool
+    """Whether activations leave memory and come back."""
     remake: "Callable[..., Schedule] | None" = None
     """Makes the same schedule with other ``needs_saved``; None for one that was written by hand."""
     _remade: "Schedule | None" = None  # by the last call of `for_layers`
@@ -163,6 +165,7 @@ class Schedule(tuple[Action, ...]):
             raise ValueError(f"needs_saved: there is no layer {max(self.needs_saved)} in a chain of {self.depth}")
         self.offload_to = check_place(offload_to, "offload_to")
         self.runs = self._compile()
+        self.offloads = any(run.kind is OFFLOAD for run in self.runs)
         return self
 
     def __getnewargs__(self) -> tuple[tuple[Action, ...], int, str, frozenset[int]]:
@@ -201,7 +204,7 @@ class Schedule(tuple[Action, ...]):
             marks[layer] = "o" if kind in HOLDING else "-" if kind is OFFLOAD else "."
         return "\n".join(lines)
 
-    def for_layers(self, needs_saved: frozenset[int]) -> "Schedule":
+    def for_layers(self, needs_saved: Iterable[int]) -> "Schedule":
         """The schedule with these layers among its ``needs_saved``: itself, if they are there already.
 
         One that was made without the model (``every_nth(depth, n)``) is made again; one that was written by hand keeps
@@ -209,7 +212,10 @@ class Schedule(tuple[Action, ...]):
 
         Raises:
             InvalidSchedule: they cannot.
+            TypeError, ValueError: ``needs_saved`` are not numbers of layers.
         """
+        if type(needs_saved) is not frozenset:  # each step asks
+            needs_saved = check_layers(needs_saved, "needs_saved")
         if needs_saved <= self.needs_saved:
             return self
         if self._remade is None or not needs_saved <= self._remade.needs_saved:
@@ -224,11 +230,6 @@ class Schedule(tuple[Action, ...]):
     def forwards(self) -> Counter[int]:
         """How often each layer runs forward."""
         return Counter(action.layer for action in self if action.kind is FORWARD)
-
-    @property
-    def offloads(self) -> bool:
-        """Whether activations leave memory and come back."""
-        return any(action.kind is OFFLOAD for action in self)
 
     @property
     def extra_forwards(self) -> int:

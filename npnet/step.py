@@ -7,7 +7,7 @@ from typing import Any, overload
 
 from npnet.backend import Array, array_module
 from npnet.checkpoint import backpropagate, clear_gradients
-from npnet.checks import check_kind, check_number, check_whole, shown
+from npnet.checks import check_callable, check_kind, check_number, check_whole, shown
 from npnet.failures import examined, explained, first_not_finite, watched_first
 from npnet.gradient_sums import GradientSums
 from npnet.layer import Layer, Pair, needs_saved
@@ -159,21 +159,29 @@ def train_step(
 
     Called as train_step(model, loss, optimizer, schedule, x, y), or without the schedule: plain backpropagation.
     """
-    given = {"schedule": schedule, "x": x, "y": y}
-    free = [name for name, value in given.items() if value is None]
-    if len(batch) > len(free):
-        raise TypeError(
-            f"train_step: expected (model, loss, optimizer, schedule, x, y), got {len(batch) + 3} arguments"
-        )
-    given.update(zip(free[len(free) - len(batch) :], batch, strict=True))
-    schedule, x, y = given.values()
-    for name in ("x", "y"):
-        if given[name] is None:
-            raise TypeError(f"train_step: {name} is missing; call train_step(model, loss, optimizer, x, y)")
-    schedule = "none" if schedule is None else schedule
+    if len(batch) != 3 or not (schedule is x is y is None):
+        batch = _schedule_and_batch(batch, {"schedule": schedule, "x": x, "y": y})
+    schedule, x, y = batch
     return accumulated_step(
         model, loss, optimizer, schedule, [(x, y)], rows_of(x, "x"), clip_norm=clip_norm, streaming=streaming
     )
+
+
+def _schedule_and_batch(given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    """The schedule, x and y of `train_step`, from what was given by position and by name.
+
+    Raises:
+        TypeError: there are too many, or too few.
+    """
+    free = [name for name, value in named.items() if value is None]
+    if len(given) > len(free):
+        got = len(given) + 3
+        raise TypeError(f"train_step: expected (model, loss, optimizer, schedule, x, y), got {got} arguments")
+    named.update(zip(free[len(free) - len(given) :], given, strict=True))
+    for name in ("x", "y"):
+        if named[name] is None:
+            raise TypeError(f"train_step: {name} is missing; call train_step(model, loss, optimizer, x, y)")
+    return ("none" if named["schedule"] is None else named["schedule"]), named["x"], named["y"]
 
 
 def rows_of(array: Array, name: str) -> int:
@@ -230,7 +238,6 @@ def accumulated_step(
     """
     network = as_chain(model)
     schedule = _schedule_of(network, schedule)
-    clear_gradients(network.layers)
     check_kind(optimizer, Optimizer, "optimizer", "Adam(1e-3)")
     samples, value, seen, own_rows = check_whole(samples, "samples"), 0.0, 0, 0
     scale = 1.0 if scaler is None else check_kind(scaler, GradScaler, "scaler", "GradScaler()").get_scale()
@@ -242,6 +249,7 @@ def accumulated_step(
     buffers = [(buffer, buffer.value) for buffer in model_facts.buffers]
     if sums is not None:
         sums.start()
+        clear_gradients(network.layers)  # this rank may have no row of the first micro-batch
     try:
         for x, y in _pairs(micro_batches):
             rows = rows_of(x, "micro_batches: x") if sums is None else min(sums.batch_size, samples - seen)  # on all
@@ -265,8 +273,9 @@ def accumulated_step(
                 watch = watched_first(model_facts, schedule, x)
                 with explained(network, schedule, x, **terms), rows_from(first), watch:
                     backpropagate(
-                        network.layers, schedule, x, start, after_backward=after, determinism_check=determinism_check
-                    )
+                        network.layers, schedule, x, start, after_backward=after, determinism_check=determinism_check,
+                        fresh=sums is None and seen == rows,
+                    )  # fmt: skip
                 value += start.value
             own_rows += len(x)
             if last:
@@ -349,6 +358,8 @@ def lazy_gradient(
     """
     for name, half in (("before", before), ("after", after)):
         check_kind(half, Sequential, name, "mlp([784, 30])")
+    if after_backward is not None:
+        check_callable(after_backward, "after_backward")
     output_gradient = _OutputGradient(loss, y)
     plain = [as_schedule("none", len(half.layers), needs_saved(half.layers)) for half in (before, after)]
     update: Callable[[Layer], None] = after_backward or (lambda layer: None)

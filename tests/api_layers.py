@@ -97,6 +97,16 @@ call("Parameter", npnet.Parameter, value=X)
 call("Buffer", lambda value: npnet.Buffer(value).value, value=X)
 
 
+def updated(function: Any) -> Any:
+    """A buffer's value after a step with this function."""
+    buffer = npnet.Buffer(np.zeros(3))
+    buffer.update(function)
+    return buffer.value
+
+
+call("Buffer.update", updated, function=lambda value: value + 1)
+
+
 # Losses.
 
 

@@ -16,6 +16,7 @@ call("schedules.selective", schedules.selective, depth=5, checkpoints=[2, 4], ne
 call("schedules.offloaded", schedules.offloaded, depth=5, n=2, most=1, needs_saved=[2], to="disk")
 call("schedules.revolve", schedules.revolve, depth=5, slots=2, needs_saved=[2])
 call("schedules.as_schedule", schedules.as_schedule, schedule="sqrt", depth=5, needs_saved=[2])
+call("Schedule.for_layers", lambda needs_saved: schedules.sqrt(3).for_layers(needs_saved), needs_saved={2})
 call(
     "Schedule", npnet.Schedule, actions=list(schedules.sqrt(3)), depth=3, name="mine", needs_saved=[2], offload_to=None
 )

@@ -228,7 +228,7 @@ def failing_backward(folder: Path) -> Any:
                 fails()
             return super().backward_(dy, saved, needs_dx)
 
-    npnet.pricing.MESSAGE_BYTES = 64  # type: ignore[attr-defined]
+    npnet.chain_costs.MESSAGE_BYTES = 64  # type: ignore[attr-defined]
     network = model()
     network.layers[0] = Failing(FEATURES, 16, "tanh", rng=0, dtype=np.float64)
     trained(network)

@@ -22,9 +22,10 @@ def test_dropout_refuses_a_gradient_of_another_shape():
         layer.backward(np.ones((1, 5, 3)), saved)
 
 
-def test_a_layer_that_stands_twice_in_a_model_is_refused_by_its_paths():
+def test_a_layer_may_stand_twice_in_a_model_and_its_places_are_told():
     shared, tanh = Linear(3, 3, rng=0), Tanh()
-    for layers in ([shared, tanh, shared], [shared, Residual(Sequential(tanh, shared))]):
-        with pytest.raises(ValueError, match=r"the parameter 0\.weight stands here once more as .*weight"):
-            Sequential(*layers)
-    Sequential(shared, tanh, Linear(3, 3, rng=1), tanh)  # what has no parameters may be shared
+    for layers, place in (([shared, tanh, shared], "2"), ([shared, Residual(Sequential(tanh, shared))], "1.inner.1")):
+        model = Sequential(*layers)
+        assert model.shared_places() == {f"{place}.weight": "0.weight", f"{place}.bias": "0.bias"}
+        assert list(model.named_parameters()) == ["0.weight", "0.bias"]
+    assert Sequential(shared, tanh, Linear(3, 3, rng=1), tanh).shared_places() == {}

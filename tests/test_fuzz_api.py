@@ -118,7 +118,7 @@ def test_a_network_takes_real_numbers_of_every_dtype_as_floats(x):
 EXEMPT = {
     "cost": "its shapes come from npnet.plan and npnet.summary, which are here",
     "accumulate": "the inner loop of the backward pass",
-    "named_parameters": "its prefix is that of the model outside",
+    **dict.fromkeys(("named_parameters", "named_buffers", "places"), "its prefix is that of the model outside"),
     "save_animation": "renders frame by frame",
     "begin": "of a Saver: npnet.fit calls it with its own run",
     "step_done": "of a Saver, too",
