@@ -90,7 +90,6 @@ CASES: dict[str, tuple[bool | None, dict[str, Any]]] = {
     "clipped": (True, {"clip_norm": 0.1}),
     "after the backward pass": (False, {"streaming": False, "test_data": data()}),
     "momentum, decay of weights": (False, {"optimizer": SGD(0.1, momentum=0.9, weight_decay=1e-3), "decay": True}),
-    "shared, with state": (None, {}),
     "shared, with state, checkpointed": (None, {"schedule": "sqrt", "clip_norm": 1.0}),
 }
 """Whether there is dropout (None: the `tied` model), and what else `npnet.fit` is given.

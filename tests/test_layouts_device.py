@@ -163,8 +163,8 @@ def test_gradients_in_columns_add_up_in_columns(device: Device) -> None:
 
 @pytest.mark.parametrize("name", ["numpy", "cupy"])
 def test_what_descends_keeps_the_weights_layout(device: Device, name: str) -> None:
-    lender = lending.Lender("weights", [Parameter(to_backend(MATRIX, name))], lambda array, _: array)
-    (new,) = lender.descended([to_backend(np.ascontiguousarray(MATRIX), name)], 0.5)
+    weight, gradient = to_backend(MATRIX, name), to_backend(np.ascontiguousarray(MATRIX), name)
+    (new,) = lending.descended("weights", [weight], [gradient], 0.5)
     assert new.flags.f_contiguous
     np.testing.assert_array_equal(to_host(new), MATRIX - MATRIX * 0.5)
 

@@ -26,7 +26,6 @@ CASES = (
     "clipped",
     "after the backward pass",
     "momentum, decay of weights",
-    "shared, with state",
     "shared, with state, checkpointed",
 )
 
