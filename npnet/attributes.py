@@ -42,7 +42,8 @@ def refuse_unknown_attribute(obj: Any, name: str, synonyms: Mapping[str, str]) -
 def _refusal(obj: Any, name: str, synonyms: Mapping[str, str]) -> str:
     text = f"{type(obj).__name__} has no attribute {name!r}"
     if name in synonyms:
-        return f"{text}: use {synonyms[name]}"
+        hint = synonyms[name]
+        return f"{text}: {hint}" if hint.startswith("npnet ") else f"{text}: use {hint}"
     there = sorted(each for each in vars(obj) if each[0] != "_")
     close = get_close_matches(name, {*there, *(each for each in dir(type(obj)) if each[0] != "_")}, 1)
     if close:

@@ -23,7 +23,7 @@ from npnet.checks import check_kind
 from npnet.failures import examined, explained, rehearse
 from npnet.layer import Layer, needs_saved
 from npnet.losses import Loss, check_finite
-from npnet.model_tree import completed_after
+from npnet.model_tree import completed_after, parameters_of
 from npnet.optimizers import Optimizer
 from npnet.parameter import Buffer, Parameter
 from npnet.random import next_step, one_step, set_next_step, set_updates
@@ -63,6 +63,7 @@ class CapturedStep:
         # By shapes, dtypes and mode: the program, and what the optimizer remembers of each parameter it updates.
         self._programs: dict[Any, tuple[Program, list[dict[str, Any]]]] = {}
         self._arena: Array | None = None  # where they all run
+        self._layers, self._parameters = list[Layer](), list[Parameter]()  # of the programs
         self._buffers: list[tuple[Buffer, Array]] = []  # ... and these
         self._bound: list[tuple[Parameter, Array, dict[str, Any] | None]] = []  # what programs overwrite
         # Factors are shared by the parameters that were updated as often: what is remembered of one says how often.
@@ -122,7 +123,10 @@ class CapturedStep:
         """Refuse what is no array of NumPy's; forget all, if other arrays are in the parameters' places by now."""
         if array_module(x) is not np or array_module(y) is not np:  # which refuses what is no array
             raise CannotCapture("steps are captured on NumPy's arrays alone")
-        states = self.optimizer._state
+        states, layers = self.optimizer._state, self.network.layers
+        if self._parameters and (layers != self._layers or parameters_of(layers) != self._parameters):
+            self._forget()
+            return
         for parameter, value, state in self._bound:
             if parameter.value is not value or parameter.lent or states.get(parameter) is not state:
                 self._forget()
@@ -192,6 +196,7 @@ class CapturedStep:
             rehearse(self.network.layers, self.schedule, x)
         for buffer, value in new_values.items():  # at the end of the step
             recording.call(into.copy, value, buffer.value)
+        self._layers, self._parameters = list(self.network.layers), parameters_of(self.network.layers)
         self._buffers = [(each, each.value) for each in buffers.values()]
         self._bound = [(each, each.value, remembered.get(each)) for each in parameters.values()]
         return recording, updated

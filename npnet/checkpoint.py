@@ -15,7 +15,7 @@ import numpy as np
 from npnet.backend import Array
 from npnet.checks import check_callable, check_flag, check_kind, check_whole, shown
 from npnet.determinism import OTHER_NUMBERS, Checking, DeterminismCheck, NondeterministicLayer, digest
-from npnet.layer import InPlaceLayer, Layer, LayerCost, LayerError, Saved, ShapeError, both, needs_saved
+from npnet.layer import InPlaceLayer, Layer, LayerCost, LayerError, ResultError, Saved, ShapeError, both, needs_saved
 from npnet.layer_rules import read_only, refuse_changed_input
 from npnet.layers import Sequential
 from npnet.model_tree import completed_after, parameters_of
@@ -174,6 +174,8 @@ def _run(
             kept = (held[first - 1], output) if layer.output_suffices else saved.pop(first)
             try:
                 gradient = layer.backward_(gradient, kept, first > 1 or needs_dx)
+                if gradient is None and first > 1:
+                    raise ResultError(f"{layer}: backward must return the gradient at the input; it returned None")
             except LayerError as error:
                 raise error.within(str(first - 1)) from None
             del output, kept

@@ -13,6 +13,7 @@ import numpy as np
 
 from npnet.backend import Array, Backend, to_backend
 from npnet.layer import Pair
+from npnet.layer_rules import read_only
 from npnet.pools import made_uncounted, pinned_bytes
 
 
@@ -32,7 +33,17 @@ class Feed:
     def __call__(self, rows: Array) -> Array:
         """Rows of x as the model gets them."""
         moved = self._moved(rows)
-        return moved if self.transform is None or not len(rows) else self.transform(moved)  # a rank may have no rows
+        if self.transform is None or not len(rows):  # a rank may have no rows
+            return moved
+        try:
+            return self.transform(read_only(moved))
+        except ValueError as error:
+            if "read-only" not in str(error):
+                raise
+            raise ValueError(
+                "transform: it changes the rows that it is given, which are your data; compute into a new array: "
+                "x * 0.5 in place of x *= 0.5"
+            ) from error
 
     def _moved(self, array: Array) -> Array:
         return to_backend(array, self.backend.name) if isinstance(array, np.ndarray) else array

@@ -9,6 +9,7 @@ sum of what somebody kept.
 Batches are rows, (batch, features); weights are (out, in), as in PyTorch.
 """
 
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
@@ -83,7 +84,7 @@ class MissingMethod(LayerError, NotImplementedError):
     """A layer of one's own lacks a method."""
 
 
-_NOT_FROZEN = "nothing: npnet trains every parameter, and cannot freeze one yet"
+_NOT_FROZEN = "npnet trains every parameter, and cannot freeze one yet"
 _OF_PARAMETERS = "the gradients of its parameters: layer.weight.gradient"
 _SYNONYMS: dict[str, str] = {
     **dict.fromkeys(("trainable", "requires_grad", "frozen"), _NOT_FROZEN),
@@ -148,6 +149,8 @@ class Layer(Savable):
             raise TypeError(f"{self}: {name} is a {type(held).__name__}; its numbers are {name}.value, assign to that")
         if held is None and name in _SYNONYMS:
             refuse_unknown_attribute(self, name, _SYNONYMS)
+        if name == "training":
+            value = check_flag(value, "training")
         if name in ("train", "eval") and not callable(value):
             raise TypeError(f"{self}: {name} is a method: call layer.{name}()")
         super().__setattr__(name, value)
@@ -162,7 +165,7 @@ class Layer(Savable):
         for name, value in vars(self).items():
             if isinstance(value, (Layer, Parameter, Buffer)):
                 parts.append((name, value))
-            elif isinstance(value, (list, tuple, dict)):
+            elif isinstance(value, (list, tuple, dict, deque)):
                 parts += _parts_of(value, name)
         return parts
 
@@ -300,7 +303,7 @@ def _parts_of(value: Any, path: str) -> Iterator[tuple[str, Layer | Parameter | 
     """``value``, if it is a layer, a parameter or a buffer; or those that lists, tuples and dictionaries hold."""
     if isinstance(value, (Layer, Parameter, Buffer)):
         yield path, value
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, deque)):
         for number, each in enumerate(value):
             yield from _parts_of(each, f"{path}.{number}")
     elif isinstance(value, dict):

@@ -11,8 +11,10 @@ only in their first step: every other step costs nothing more. While a model is 
 wrapped, wherever they stand; afterwards they are as before.
 """
 
+import re
 import traceback
 import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from npnet.backend import Array
+from npnet.checks import shown
 from npnet.determinism import OTHER_NUMBERS, LayerRuleError, NondeterministicLayer, digest
 from npnet.layer import Layer, Saved, both
 from npnet.model_tree import all_layers
+from npnet.parameter import Buffer, Parameter
 
 METHODS = ("forward", "backward", "backward_")
 
@@ -46,7 +50,12 @@ def watched(layers: Sequence[Layer]) -> Iterator[None]:
         LayerRuleError: one does; the message names it, and says what to do.
     """
     places = [place for number, layer in enumerate(layers) for place in all_layers(layer, str(number))]
-    watches = {id(layer): _Watch(layer, path) for path, layer in reversed(places) if has_foreign_layers([layer])}
+    counts = Counter(id(layer) for _, layer in places)
+    watches = {
+        id(layer): _Watch(layer, path, counts[id(layer)] > 1)
+        for path, layer in reversed(places)
+        if has_foreign_layers([layer])
+    }
     try:
         for watch in watches.values():
             watch.begin()
@@ -62,8 +71,9 @@ class _Watch:
     repeating = False
     """True on the class while a layer is run once more just to see whether it changes: nothing is compared then."""
 
-    def __init__(self, layer: Layer, path: str) -> None:
-        self.layer, self.path = layer, path
+    def __init__(self, layer: Layer, path: str, in_several_places: bool) -> None:
+        self.layer, self.path, self.in_several_places = layer, path, in_several_places
+        self.shapes = set[tuple[int, ...]]()  # of inputs
         self.own = {name: vars(layer)[name] for name in METHODS if name in vars(layer)}
         self.calls: dict[str, Callable[..., Any]] = {name: getattr(layer, name) for name in METHODS}
         self.seen: dict[bytes, bytes] = {}  # of an input -> of the output
@@ -81,20 +91,29 @@ class _Watch:
     def _forward(self, x: Array) -> tuple[Array, Saved]:
         before = _remembered(self.layer)
         result = self._unchanged("forward", "its input", [x], x)
-        y, _ = both(self.layer, result)
+        y, saved = both(self.layer, result)
         if _Watch.repeating:
             return result
-        self._check_memory(x, before)
-        found = digest(y)
+        self.shapes.add(x.shape)
+        found = _hash(y, saved)
+        self._check_memory(x, before, found)
         if self.seen.setdefault(digest(x), found) != found:
             raise NondeterministicLayer(f"{self}: {OTHER_NUMBERS}")
-        for name, array in self._attributes():
-            if _overlap(y, array):
-                raise LayerRuleError(
-                    f"{self}: forward returns an array that the layer keeps ({name}), and would overwrite in its next "
-                    "run; return a new array"
-                )
+        kept = [name for name, array in self._attributes() if _overlap(y, array)]
+        if kept and _overlap(y, self._again(x)[0]):
+            raise LayerRuleError(
+                f"{self}: forward returns an array that the layer keeps ({kept[0]}), and overwrites in its next run; "
+                "return a new array"
+            )
         return result
+
+    def _again(self, x: Array) -> tuple[Array, Saved]:
+        """What one more run returns, which nobody compares."""
+        _Watch.repeating = True
+        try:
+            return both(self.layer, self.calls["forward"](x))
+        finally:
+            _Watch.repeating = False
 
     def _backward(self, dy: Array, saved: Saved) -> Array:
         return self._checked_backward("backward", dy, saved)
@@ -105,6 +124,7 @@ class _Watch:
     def _checked_backward(self, name: str, dy: Array, saved: Saved, *needs_dx: bool) -> Any:
         given = list(_arrays(saved))
         dx = self._unchanged(name, "what forward saved", given, dy, saved, *needs_dx)
+        self._check_shapes(dx, wanted=not needs_dx or needs_dx[0])
         parameters = {f"{path}.value": each for path, each in self.layer.named_parameters().items()}
         kept = [(path, each.value) for path, each in parameters.items()]
         for path, array in [("what forward saved", each) for each in given] + kept:
@@ -116,6 +136,23 @@ class _Watch:
             self._check_gradients(array, path)
         self._check_gradients(dy, "dy")
         return dx
+
+    def _check_shapes(self, dx: Any, wanted: bool) -> None:
+        shape = getattr(dx, "shape", None)
+        if (wanted or dx is not None) and shape not in self.shapes:
+            got = type(dx).__name__ if shape is None else f"an array of shape {shape}"
+            expected = " or ".join(map(str, sorted(self.shapes)))
+            raise LayerRuleError(
+                f"{self}: backward must return the gradient at the input, an array of shape {expected}; it returned "
+                f"{got}"
+            )
+        for path, each in self.layer.named_parameters().items():
+            added = getattr(each.gradient, "shape", None)
+            if each.gradient is not None and added != each.value.shape:
+                raise LayerRuleError(
+                    f"{self}: the gradient of {path} must have its shape {each.value.shape}, summed over the batch; "
+                    f"backward added {shown(each.gradient) if added is None else f'one of shape {added}'}"
+                )
 
     def _check_gradients(self, array: Array, what: str) -> None:
         for path, each in self.layer.named_parameters().items():
@@ -144,27 +181,35 @@ class _Watch:
             raise LayerRuleError(_changed(str(self), name, what, None))
         return result
 
-    def _check_memory(self, x: Array, before: dict[str, Any]) -> None:
-        """Refuse a forward that counts its runs: whose attributes change in a second run, too."""
+    def _check_memory(self, x: Array, before: dict[str, Any], found: bytes) -> None:
+        """Refuse a forward that counts its runs: whose attributes change in a second run, too.
+
+        Args:
+            before: what the layer remembered before the run.
+            found: a hash of what the run gave.
+        """
         after = _remembered(self.layer)
         if after == before:
             return
-        _Watch.repeating = True
-        try:
-            self.calls["forward"](x)
-        finally:
-            _Watch.repeating = False
-        again = _remembered(self.layer)
-        for name in again.keys() | after.keys():
-            first, second = after.get(name), again.get(name)
-            if first == second:
+        for name, value in after.items():
+            if self.in_several_places and isinstance(value, bytes) and before.get(name) != value:
+                raise LayerRuleError(
+                    f"{self}: forward keeps self.{name}, and the layer stands in several places of the model: the next "
+                    "run overwrites it. Return what backward needs: return y, saved"
+                )
+        other_numbers = _hash(*self._again(x)) != found
+        again, named = _remembered(self.layer), set[str]()
+        for name in sorted(again.keys() | after.keys()):
+            first, second, attribute = after.get(name), again.get(name), re.split(r"[.\[]", name)[0]
+            if first == second or attribute in named:
                 continue
+            named.add(attribute)
             text = (
                 f"{self}: forward changes self.{name} each time it is run, and a layer is run more than once in a step "
                 "(under a schedule, in a rehearsal). Keep it in an npnet.Buffer and change that by its update(), which "
                 "counts once a step"
             )
-            if isinstance(first, bytes) and isinstance(second, bytes):
+            if other_numbers or (isinstance(first, bytes) and isinstance(second, bytes)):
                 raise LayerRuleError(text)
             warnings.warn(f"{text}; if it is to count every run, count outside of the layer", stacklevel=2)
 
@@ -218,6 +263,11 @@ def _line_of(error: BaseException) -> str:
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
+def _hash(y: Array, saved: Saved) -> bytes:
+    """A hash of all that a forward pass gave."""
+    return b"".join(digest(each) for each in (y, *_arrays(saved)))
+
+
 def _arrays(value: Any) -> Iterator[Array]:
     """The arrays in ``value``: itself, or those in tuples, lists and dictionaries."""
     if isinstance(value, dict):
@@ -249,18 +299,23 @@ def _remembered(layer: Layer) -> dict[str, Any]:
     return found
 
 
-def _note(found: dict[str, Any], name: str, value: Any) -> None:
+def _note(found: dict[str, Any], name: str, value: Any, depth: int = 0) -> None:
     if isinstance(value, dict):
         found[name] = str(len(value))
         for key, each in value.items():
-            _note(found, f"{name}[{key!r}]", each)
-    elif isinstance(value, (tuple, list)):
+            _note(found, f"{name}[{key!r}]", each, depth)
+    elif isinstance(value, (Parameter, Buffer)):
+        _note(found, f"{name}.value", value.value)
+    elif isinstance(value, (tuple, list, deque)):
         found[name] = str(len(value))
         for number, each in enumerate(value):
-            _note(found, f"{name}[{number}]", each)
+            _note(found, f"{name}[{number}]", each, depth)
     elif isinstance(value, (bool, int, str, np.integer)):
         found[name] = str(value)
     elif isinstance(value, (float, np.floating)):
         found[name] = repr(float(value)).encode()
     elif _is_array(value):
         found[name] = digest(value)
+    elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (Layer, type)) and depth < 3:
+        for key, each in vars(value).items():
+            _note(found, f"{name}.{key}", each, depth + 1)

@@ -330,6 +330,11 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float, *, error_if
         with np.errstate(over="ignore", invalid="ignore"):  # found below
             squares = dot(flat, flat).astype(np.float64) + squares
     norm = math.sqrt(float(squares))  # on a device the one wait
+    if math.isinf(norm):  # the squares overflow earlier than the numbers
+        largest = max(float(abs(gradient).max()) for gradient in gradients if gradient.size)
+        if math.isfinite(largest):
+            parts = [(gradient / largest).ravel(order="K") for gradient in gradients]
+            norm = largest * math.sqrt(sum(float(dot(part, part)) for part in parts))
     if error_if_nonfinite:
         check_finite(norm, "the norm of the gradient")
     if max_norm < norm < math.inf:

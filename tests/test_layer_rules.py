@@ -648,3 +648,173 @@ def test_another_training_leaves_the_keys_as_they_were(tmp_path: Any) -> None:
             saver=npnet.Saver(path, resume=True),
         )  # fmt: skip
     assert drop.key == key
+
+
+# What a first reader tried.
+
+
+class ForgotReturn(Scaled):
+    def backward(self, dy: Any, saved: Any) -> Any:
+        dy * 1.5
+
+
+class WrongShape(Scaled):
+    def backward(self, dy: Any, saved: Any) -> Any:
+        return dy.sum(axis=1, keepdims=True)
+
+
+class NotSummed(LendsDy):
+    def backward(self, dy: Any, saved: Any) -> Any:
+        self.weight.accumulate(dy * 1)
+        return dy * 1
+
+
+class AssignsABuffer(Scaled):
+    def __init__(self) -> None:
+        self.mean = npnet.Buffer(np.zeros(8, np.float32))
+
+    def forward(self, x: Any) -> Any:
+        self.mean.value = self.mean.value * np.float32(0.9) + x.mean(axis=0) * np.float32(0.1)
+        return super().forward(x)
+
+
+class NumbersOnlySaved(OwnNumbers):
+    def forward(self, x: Any) -> Any:
+        return x * 1, (self.generator.random(x.shape) > 0.5).astype(x.dtype)
+
+
+class Statistics:
+    """An object that a layer keeps."""
+
+    total: Any = 0.0
+
+
+class KeepsAnObject(Scaled):
+    def __init__(self) -> None:
+        self.statistics = Statistics()
+
+    def forward(self, x: Any) -> Any:
+        self.statistics.total = self.statistics.total + x.sum(axis=0)
+        return super().forward(x)
+
+
+class KeepsItsMask(Scaled):
+    def __init__(self) -> None:
+        self.mask = np.zeros(1, np.float32)
+
+    def forward(self, x: Any) -> Any:
+        self.mask = np.cos(x)
+        return np.sin(x), None
+
+    def backward(self, dy: Any, saved: Any) -> Any:
+        return dy * self.mask
+
+
+class KeepsItsOutput(Scaled):
+    """For a picture, say: a new array each time."""
+
+    def forward(self, x: Any) -> Any:
+        self.last = x * np.float32(1.5)
+        return self.last, None
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (
+            ForgotReturn,
+            LayerRuleError,
+            r"backward must return the gradient at the input, .*\(64, 8\); it returned None",
+        ),
+        (WrongShape, LayerRuleError, r"an array of shape \(64, 8\); it returned an array of shape \(64, 1\)"),
+        (NotSummed, LayerRuleError, r"the gradient of weight must have its shape \(1, 8\), summed over .*\(64, 8\)"),
+        (AssignsABuffer, LayerRuleError, r"forward changes self\.mean\.value each time .*update\(\)"),
+        (NumbersOnlySaved, NondeterministicLayer, "gave other numbers"),
+        (KeepsAnObject, LayerRuleError, r"forward changes self\.statistics\.total each time"),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["none", "sqrt"])
+def test_more_that_would_be_wrong_is_refused(kind: Any, error: Any, message: str, schedule: str) -> None:
+    if kind is NumbersOnlySaved and schedule == "none":
+        pytest.skip("nothing is run again, and the gradient is right")
+    model = Sequential(Dense(8, 8, rng=0), Dense(8, 8, rng=1), kind(), Dense(8, 8, rng=2), Linear(8, 3, rng=3))
+    depth = {"none": "none", "sqrt": npnet.schedules.every_nth(5, 4)}[schedule]
+    for step in ("train_step", "fit"):
+        with pytest.raises(
+            error, match=rf"^layer 2, {kind.__name__}\(\): {'.*' if error is not LayerRuleError else ''}{message}"
+        ):
+            STEPS[step](model, X, depth)
+
+
+def test_the_engine_does_not_begin_anew_where_a_backward_returns_none() -> None:
+    layers = [Dense(8, 3, rng=0), ForgotReturn(), Dense(3, 3, rng=1)]
+    with pytest.raises(TypeError, match=r"^layer 1, ForgotReturn\(\): backward must return .* it returned None"):
+        backpropagate(layers, npnet.schedules.none(3, [2]), X, lambda y: y * 1)
+
+
+@pytest.mark.parametrize("schedule", ["none", "sqrt"])
+def test_what_a_layer_keeps_for_backward_does_not_serve_two_places(schedule: str) -> None:
+    twice = KeepsItsMask()
+    model = Sequential(Dense(8, 8, rng=0), twice, Dense(8, 8, rng=1), twice, Linear(8, 3, rng=2))
+    with pytest.raises(LayerRuleError, match=r"layer 1, .*forward keeps self\.mask, and the layer stands in several"):
+        npnet.train_step(model, LOSS, Adam(), schedule, X, Y)
+
+
+@pytest.mark.parametrize("schedule", ["none", "sqrt", "revolve"])
+def test_a_layer_that_keeps_its_last_output_is_taken_under_every_schedule(schedule: str) -> None:
+    model = Sequential(Dense(8, 8, rng=0), KeepsItsOutput(), Dense(8, 8, rng=1), Linear(8, 3, rng=2))
+    npnet.train_step(model, LOSS, Adam(), schedule, X, Y)
+    STEPS["fit"](model, X, schedule)
+
+
+def test_a_transform_that_changes_the_users_data_is_refused() -> None:
+    def halved(rows: Any) -> Any:
+        rows *= 0.5
+        return rows
+
+    x = X.copy()
+    with pytest.raises(ValueError, match="^transform: it changes the rows that it is given, which are your data"):
+        npnet.fit(
+            Sequential(Linear(8, 3, rng=0)), (x, Y), loss=LOSS, optimizer=Adam(), epochs=1, batch_size=32,
+            transform=halved, shuffle=False, log=False,
+        )  # fmt: skip
+    assert np.array_equal(x, X)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a tie": lambda model: setattr(model.layers[1], "weight", model.layers[0].weight),
+    "a parameter": lambda model: setattr(model.layers[1], "weight", Parameter(model.layers[0].weight.value.copy())),
+    "a layer": lambda model: model.layers.__setitem__(1, Dense(8, 8, "tanh", rng=7)),
+    "a layer twice": lambda model: model.layers.insert(1, model.layers[0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_captured_step_follows_parameters_and_layers_that_are_replaced(change: str) -> None:
+    losses = []
+    for capture in (False, True):
+        model = Sequential(Dense(8, 8, "tanh", rng=0), Dense(8, 8, "tanh", rng=1), Linear(8, 3, rng=2))
+        optimizer = npnet.SGD(0.1)
+        step = (
+            npnet.CapturedStep(model, LOSS, optimizer) if capture else partial(npnet.train_step, model, LOSS, optimizer)
+        )
+        first = step(X, Y)
+        CHANGES[change](model)
+        if change == "a layer twice" and capture:
+            with pytest.raises(ValueError, match="a schedule for 3 layers cannot run a chain of 4"):
+                step(X, Y)
+            return
+        losses.append([first, *(step(X, Y) for _ in range(3))])
+    assert losses[0] == losses[1]
+
+
+def test_a_norm_whose_squares_overflow_is_still_clipped() -> None:
+    parameter = Parameter(np.zeros(4, np.float32))
+    parameter.gradient = np.array([3e30, 0, 4e30, 0], np.float32)
+    assert npnet.clip_grad_norm([parameter], 1.0) == pytest.approx(5e30, rel=1e-6)
+    assert np.allclose(parameter.gradient, [0.6, 0, 0.8, 0])
+
+
+def test_a_mode_is_true_or_false() -> None:
+    with pytest.raises(TypeError, match="training: expected True or False, got 'no'"):
+        Dense(3, 2).training = "no"  # type: ignore[assignment]
