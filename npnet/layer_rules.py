@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -313,9 +314,11 @@ def _note(found: dict[str, Any], name: str, value: Any, depth: int = 0) -> None:
     elif isinstance(value, (bool, int, str, np.integer)):
         found[name] = str(value)
     elif isinstance(value, (float, np.floating)):
-        found[name] = repr(float(value)).encode()
+        found[name] = repr(float(value)) if depth else repr(float(value)).encode()  # in an object: a clock, say
     elif _is_array(value):
         found[name] = digest(value)
-    elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (Layer, type)) and depth < 3:
+    elif isinstance(getattr(value, "__dict__", None), dict) and depth < 3:
+        if isinstance(value, (Layer, type, ModuleType, FunctionType)):
+            return
         for key, each in vars(value).items():
             _note(found, f"{name}.{key}", each, depth + 1)

@@ -771,6 +771,20 @@ def test_a_layer_that_keeps_its_last_output_is_taken_under_every_schedule(schedu
     STEPS["fit"](model, X, schedule)
 
 
+def test_a_layer_may_keep_modules_and_functions_and_a_clock_is_but_warned_of() -> None:
+    class Timed(Scaled):
+        def __init__(self) -> None:
+            self.xp, self.function, self.clock = np, np.tanh, Statistics()
+
+        def forward(self, x: Any) -> Any:
+            self.clock.total = self.clock.total + 0.5
+            return super().forward(x)
+
+    model = Sequential(Timed(), Linear(8, 3, rng=0))
+    with pytest.warns(UserWarning, match=r"layer 0, Timed\(\): forward changes self\.clock\.total each time"):
+        npnet.train_step(model, LOSS, Adam(), X, Y)
+
+
 def test_a_transform_that_changes_the_users_data_is_refused() -> None:
     def halved(rows: Any) -> Any:
         rows *= 0.5
