@@ -95,6 +95,21 @@ def _mentioned(code: CodeType) -> set[str]:
     return names
 
 
+class _Elsewhere:
+    """A name that people may expect: reading it is an error that says ours.
+
+    (A method ``__getattr__`` would do the same, and slow down every attribute of the object.)
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, obj: Any, kind: type) -> Any:
+        if obj is None:  # the class has no such attribute
+            raise AttributeError(f"type object {kind.__name__!r} has no attribute {self.name!r}")
+        raise AttributeError(_refusal(obj, self.name, obj._synonyms), name=self.name, obj=obj)
+
+
 class Settings:
     """An object whose attributes are settings: unknown ones are refused, and the others checked, whenever they are set.
 
@@ -106,6 +121,12 @@ class Settings:
     """What to use instead of names that people may expect."""
     _checks: ClassVar[Checks] = {}
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in cls._synonyms:
+            if not hasattr(cls, name):
+                setattr(cls, name, _Elsewhere(name))
+
     if not TYPE_CHECKING:  # a type checker knows the attributes, and would believe that any can be set
 
         def __setattr__(self, name: str, value: Any) -> None:
@@ -113,9 +134,3 @@ class Settings:
                 refuse_unknown_attribute(self, name, self._synonyms)
             check = self._checks.get(name)
             object.__setattr__(self, name, value if check is None else check(value, name))
-
-        def __getattr__(self, name: str) -> Any:
-            """Called where there is none."""
-            if name in self._synonyms:
-                raise AttributeError(_refusal(self, name, self._synonyms), name=name, obj=self)
-            return object.__getattribute__(self, name)  # the usual error
