@@ -169,9 +169,11 @@ def test_a_norm_that_is_not_finite_is_an_error_and_updates_nothing(value):
     assert np.array_equal(parameters[1].gradient, [1, value], equal_nan=True)
 
 
-def test_a_norm_that_overflows_is_an_error_and_no_warning():
+def test_squares_that_overflow_give_the_norm_all_the_same_and_an_infinite_one_is_an_error():
+    parameters = with_gradients(np.full(3, 1e30, np.float32))
+    assert npnet.clip_grad_norm(parameters, 1.0, error_if_nonfinite=True) == pytest.approx(3**0.5 * 1e30, rel=1e-6)
     with pytest.raises(TrainingDiverged):
-        npnet.clip_grad_norm(with_gradients(np.full(3, 1e30, np.float32)), 1.0, error_if_nonfinite=True)
+        npnet.clip_grad_norm(with_gradients(np.full(3, np.inf, np.float32)), 1.0, error_if_nonfinite=True)
 
 
 @pytest.mark.parametrize("max_norm", [-1, np.nan, np.inf, "1", None])
